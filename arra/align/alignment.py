@@ -1,0 +1,48 @@
+"""The alignment term as an object: it names the layer to capture and turns captured states into one loss.
+
+Legend: B batch, T sequence, D model, F encoder feature, N images.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from arra.align.losses import cosine_loss
+from arra.align.projector import Projector
+from arra.align.targets import TargetSpace
+
+
+class Alignment(nn.Module):
+    """`weight` * distance between projected hidden states of `layer` and the image's feature.
+
+    `layer` 0 is the embeddings, k the residual stream after the k-th block. The target "hybnext" is every position
+    whose state predicts an image code. The projector is the only part with parameters.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        feature_size: int,
+        layer: int = 1,
+        target: Literal["hybnext"] = "hybnext",
+        loss: Literal["cosine"] = "cosine",
+        weight: float = 1.0,
+        inner_size: int | None = None,
+        space: TargetSpace | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if target != "hybnext" or loss != "cosine":
+            raise ValueError(f"target {target!r} with loss {loss!r}: only 'hybnext' with 'cosine' is built")
+        self.layer, self.weight = layer, weight
+        self.space = space or TargetSpace(torch.zeros(feature_size))
+        self.projector = Projector(hidden_size, self.space.size, inner_size=inner_size, seed=seed)
+
+    def forward(
+        self, hidden: Float[Tensor, "B T D"], features: Float[Tensor, "B F"], predicting: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, ""]:
+        """The unweighted loss, in [0, 2]; the feature gets no gradient."""
+        return cosine_loss(self.projector(hidden), self.space(features).detach(), predicting)

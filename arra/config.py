@@ -1,0 +1,482 @@
+"""Recipes: one YAML file in, validated settings out. Composes the rooms' settings; no room imports this.
+
+    recipes/demo.yaml --row--> base with the row's difference --set--> pydantic --> Recipe --> runs/NAME/recipe.yaml
+
+A mistake in a recipe is told in one line: the file, the dotted key, what was expected, what was found.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from arra.encoders import SPECS
+from arra.errors import ArraError
+from arra.evaluate.settings import EvaluateSettings
+from arra.runs import atomic_write
+from arra.sample.logits import SamplingSettings
+from arra.settings import Settings
+from arra.tokenizers import EMBEDDED
+from arra.tokenizers.vq import VQSettings
+from arra.train.settings import AlignSettings, TokenizerTrainSettings, TrainSettings
+
+S = TypeVar("S", bound=Settings)
+Tree = dict[str, Any]
+Path_ = tuple[str | int, ...]
+
+
+class DataSection(Settings):
+    """Where the pictures come from."""
+
+    source: Literal["openmoji", "folder"] = "openmoji"
+    """openmoji: the embedded set; folder: captioned pictures in `path`."""
+    path: str | None = None
+    """Folder of captioned pictures: metadata.jsonl, metadata.csv, or a .txt beside each picture."""
+    image_size: int = Field(32, gt=0)
+    """Pixels per side that the tokenizer sees and the model paints."""
+    encoder_image_size: int = Field(128, gt=0)
+    """Pixels per side of the same crop that the encoders see."""
+
+    @model_validator(mode="after")
+    def _path_for_folder(self) -> "DataSection":
+        if (self.source == "folder") != (self.path is not None):
+            raise ValueError("'source: folder' and 'path' go together; give both or neither")
+        return self
+
+
+class TokenizerSection(Settings):
+    """Which image tokenizer, and whether it is trained first."""
+
+    name: str = EMBEDDED
+    """A known name or a tokenizer folder; the weights training starts from, unless `network` is given."""
+    network: VQSettings | None = None
+    """A fresh network of this shape in place of known weights; needs `train`."""
+    train: TokenizerTrainSettings | None = None
+    """How to train it on the training split; null uses it as it is."""
+
+    @model_validator(mode="after")
+    def _fresh_needs_training(self) -> "TokenizerSection":
+        if self.network is not None and self.train is None:
+            raise ValueError("a fresh network makes no codes; add a 'train' section")
+        return self
+
+
+class EncoderSection(Settings):
+    """The frozen encoders: one teaches, another judges."""
+
+    teacher: str = "efficientnet-lite0"
+    judge: str = "efficientnet-lite1"
+
+    @model_validator(mode="after")
+    def _known(self) -> "EncoderSection":
+        for name in (self.teacher, self.judge):
+            if name not in SPECS:
+                raise ValueError(f"'{name}' is no known encoder; known are {', '.join(SPECS)}")
+        return self
+
+
+class ModelSection(Settings):
+    """Shape and dropout of the decoder; codes, grid and vocabulary follow from the data and the tokenizer."""
+
+    num_layers: int = Field(4, gt=0)
+    num_heads: int = Field(4, gt=0)
+    hidden_size: int = Field(128, gt=0)
+    ffn_hidden_size: int | None = Field(None, gt=0)
+    prefix_length: int = Field(14, gt=1)
+    """Text positions, the begin-of-image token included; longer prompts are refused."""
+    text_vocab_size: int = Field(3000, ge=300)
+    """Most ids of the text tokenizer, which is trained on the training captions."""
+    token_dropout: float = Field(0.1, ge=0, lt=1)
+    resid_dropout: float = Field(0.0, ge=0, lt=1)
+    ffn_dropout: float = Field(0.0, ge=0, lt=1)
+    seed: int = Field(0, ge=0)
+    """Of the first weights."""
+
+
+class Recipe(Settings):
+    """All settings of one training run: the rooms' own settings, one section each."""
+
+    name: str
+    """What the recipe is called in reports."""
+    row: str | None = None
+    """The row of the file that these settings are; chosen with --row."""
+    data: DataSection = DataSection()
+    tokenizer: TokenizerSection = TokenizerSection()
+    encoder: EncoderSection = EncoderSection()
+    model: ModelSection = ModelSection()
+    align: AlignSettings | None = None
+    train: TrainSettings
+    sample: SamplingSettings = SamplingSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        if self.align is not None and self.align.layer > self.model.num_layers:
+            raise ValueError(
+                f"align.layer: {self.align.layer} is outside 0..{self.model.num_layers} here; the paper uses 1"
+            )
+        width = self.model.hidden_size
+        if width % self.model.num_heads or (width // self.model.num_heads) % 4:
+            raise ValueError(
+                f"model.hidden_size: {width} over {self.model.num_heads} heads must give a head size divisible by 4"
+            )
+        return self
+
+
+def load_recipe(path: Path | str, *, row: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at `path` (or the built-in one of that name), with a row's differences and `a.b=c` overrides applied.
+
+    Raises:
+        ArraError: one line that names file, key, what was expected and what was found.
+    """
+    found = find_recipe(path)
+    return parse_recipe(_read(found), Recipe, source=str(path), row=row, overrides=overrides)
+
+
+def parse_recipe(text: str, model: type[S], *, source: str, row: str | None = None, overrides: Sequence[str] = ()) -> S:
+    """Settings of class `model` from the text of a recipe; `source` names it in errors."""
+    base = _parse_yaml(text, source)
+    rows = _take_rows(base, source)
+    difference: Tree = {}
+    if row is not None:
+        if row not in rows:
+            listed = f"rows: {', '.join(rows)}" if rows else "it has none"
+            raise ArraError(f"{source}: no row '{row}'{_did_you_mean(row, list(rows))}; {listed}")
+        difference = rows[row]
+        if "row" in model.model_fields:
+            base["row"] = row
+    data = _merge(base, difference)
+    assigned = [_assign(data, text) for text in overrides]
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        # A misspelt key also makes the right one missing; the misspelling is the one to tell.
+        problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+        key, message = _explain(problems[0], data, model)
+        dotted = ".".join(map(str, key))
+        if key and any(_is_beside(key, path) for path in assigned):
+            where = f"--set {dotted}"
+        else:
+            in_row = [f"rows.{row}"] if difference and _holds(difference, key) else []
+            where = f"{source}: {'.'.join([*in_row, *([dotted] if dotted else [])])}".removesuffix(": ")
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ArraError(f"{where}: {message}{more}") from None
+
+
+def row_names(path: Path | str) -> list[str]:
+    """The rows of a recipe file, in its order."""
+    return list(_take_rows(_parse_yaml(_read(find_recipe(path)), str(path)), str(path)))
+
+
+def dump_recipe(recipe: Settings) -> str:
+    """YAML without rows that loads back to an equal recipe."""
+    data = recipe.model_dump(mode="json")
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def recipes_folder() -> Path:
+    """The built-in recipes: `recipes/` of a clone, `arra/recipes/` of an installed wheel."""
+    package = Path(__file__).parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def find_recipe(path: Path | str) -> Path:
+    """The file at `path`, else the built-in recipe of that name (`demo`, `demo.yaml`, `recipes/demo.yaml`)."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ArraError(f"{path}: is a folder, expected a recipe file, as in recipes/demo.yaml")
+    built_in = {file.stem: file for file in sorted(recipes_folder().glob("*.yaml"))}
+    if path.stem in built_in and path.suffix in ("", ".yaml") and str(path.parent) in (".", "recipes"):
+        return built_in[path.stem]
+    raise ArraError(
+        f"{path}: no such file{_did_you_mean(path.stem, list(built_in))}; built-in recipes: {', '.join(built_in)}"
+    )
+
+
+def json_schema(model: type[Settings] = Recipe) -> Tree:
+    """The JSON schema of a recipe file, rows included, for editors."""
+    schema = model.model_json_schema()
+    change = _as_change({key: value for key, value in schema.items() if key != "$defs"})
+    definitions = schema.setdefault("$defs", {})
+    definitions |= {f"{name}Change": _as_change(part) for name, part in list(definitions.items())}
+    definitions["RecipeChange"] = change
+    schema["properties"]["rows"] = {
+        "type": "object",
+        "description": "Named variants: what differs from the settings above. `null` removes a section.",
+        "additionalProperties": {"anyOf": [{"$ref": "#/$defs/RecipeChange"}, {"type": "null"}]},
+    }
+    return schema
+
+
+def write_schema(path: Path | str, model: type[Settings] = Recipe) -> None:
+    """Nothing; `path` holds the schema that the first line of a recipe points editors to."""
+    atomic_write(path, json.dumps(json_schema(model), indent=2) + "\n")
+
+
+# Reading YAML
+
+# YAML 1.1 wants a dot and a sign in 1e-4; people, JSON and YAML 1.2 do not.
+_FLOAT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice and a key that is no text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise _Refused(f"line {line}: expected a name as key, found {key!r}; put it in quotes")
+            if key in seen:
+                raise _Refused(f"line {line}: '{key}' is written twice; keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: text that looks like a number is quoted, shared lists are written out."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+class _Refused(yaml.YAMLError):
+    pass
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ArraError(f"{path}: expected YAML text in UTF-8, found something else") from None
+    except PermissionError:
+        raise ArraError(f"{path}: not readable for this user; change its permissions") from None
+
+
+def _load_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ArraError(f"{source}: line {line}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ArraError(f"{source}: {' '.join(str(error).split())}") from None
+
+
+def _parse_yaml(text: str, source: str) -> Tree:
+    data = _load_yaml(text, source)
+    if not isinstance(data, dict):
+        raise ArraError(f"{source}: expected sections such as 'train:', found {_show(data)}")
+    return data
+
+
+def _take_rows(base: Tree, source: str) -> dict[str, Tree]:
+    rows = base.pop("rows", None)
+    rows = {} if rows is None else rows
+    if not isinstance(rows, dict):
+        raise ArraError(f"{source}: rows: expected names with what differs, found {_show(rows)}")
+    for name, difference in rows.items():
+        if difference is not None and not isinstance(difference, dict):
+            raise ArraError(f"{source}: rows.{name}: expected what differs from the base, found {_show(difference)}")
+    return {name: difference or {} for name, difference in rows.items()}
+
+
+# Merging
+
+
+def _merge(base: Tree, difference: Tree) -> Tree:
+    """`base` with `difference` laid over it: mappings merge key by key, all else (`null` too) replaces."""
+    merged = deepcopy(base)
+    for key, value in difference.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(old, value) if both else deepcopy(value)  # type: ignore[arg-type]
+    return merged
+
+
+def _assign(data: Tree, override: str) -> Path_:
+    """The key of `a.b=c`, after setting it in `data`; validation refuses keys that the settings do not have."""
+    dotted, equals, text = override.partition("=")
+    parts = dotted.strip().split(".")
+    if not equals or not all(parts):
+        raise ArraError(f"--set {override}: expected section.key=value, as in --set train.steps=100")
+    if parts[0] == "rows":
+        raise ArraError(f"--set {override}: rows are chosen, not set; use --row NAME and set the key itself")
+    value = _load_yaml(text, f"--set {dotted}")
+    for part in parts[:-1]:
+        if not isinstance(data.get(part), dict):
+            data[part] = {}
+        data = data[part]
+    data[parts[-1]] = value
+    return tuple(parts)
+
+
+def _holds(tree: Any, key: Path_) -> bool:
+    for part in key:
+        if not isinstance(tree, dict):
+            return True
+        if part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+def _is_beside(key: Path_, assigned: Path_) -> bool:
+    """Whether one of two keys is the other or lies inside it."""
+    return all(a == b for a, b in zip(key, assigned, strict=False))
+
+
+# Explaining
+
+
+def _explain(problem: ErrorDetails, data: Tree, model: type[Settings]) -> tuple[Path_, str]:
+    """The key in the file and a line in words for one problem that pydantic found."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    schema = model.model_json_schema()
+    key = _key_in_file(problem["loc"], data, keep_last=kind in ("missing", "extra_forbidden"))
+    if kind == "extra_forbidden":
+        names = list(dict.fromkeys(name for node in _nodes(schema, key[:-1]) for name in node.get("properties", {})))
+        near = _did_you_mean(str(key[-1]), names)
+        return key, f"unknown key{near or '; expected one of: ' + ', '.join(names)}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        key = (*key, context["discriminator"].strip("'"))
+        tags = [tag for node in _nodes(schema, key[:-1]) for tag in node.get("discriminator", {}).get("mapping", {})]
+        return key, _expected(_join(f"'{tag}'" for tag in tags), context.get("tag", ...), tags)
+    if kind in ("value_error", "assertion_error"):
+        return key, " ".join(str(context["error"]).split())
+    nodes = _nodes(schema, key)
+    words = _join(dict.fromkeys(_describe(node) for node in nodes))
+    if not words or "pattern" in kind:
+        words = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    choices = [choice for node in nodes for choice in (*node.get("enum", ()), node.get("const")) if choice is not None]
+    return key, _expected(words, ... if kind == "missing" else problem["input"], choices)
+
+
+def _expected(words: str, found: Any, choices: Sequence[object]) -> str:
+    if found is ...:
+        return f"missing; expected {words}"
+    return f"expected {words}, found {_show(found)}{_did_you_mean(found, [str(choice) for choice in choices])}"
+
+
+def _key_in_file(location: Path_, data: Any, keep_last: bool) -> Path_:
+    """`location` without the names of union members, which pydantic puts in and no file has."""
+    key: list[str | int] = []
+    for index, part in enumerate(location):
+        if part in data if isinstance(data, dict) else isinstance(data, list) and part in range(len(data)):
+            data = data[part]
+        elif not (keep_last and index == len(location) - 1):
+            continue
+        key.append(part)
+    return tuple(key)
+
+
+def _nodes(schema: Tree, key: Path_) -> list[Tree]:
+    """The parts of a JSON schema that may describe `key`; several where settings are a union."""
+    nodes = list(_branches(schema, schema))
+    for part in key:
+        below: list[Tree] = []
+        for node in nodes:
+            properties, items = node.get("properties", {}), node.get("prefixItems", [])
+            if part in properties:
+                below.append(properties[part])
+            elif isinstance(part, int) and part < len(items):
+                below.append(items[part])
+            else:
+                rest = node.get("items" if isinstance(part, int) else "additionalProperties")
+                below += [rest] if isinstance(rest, dict) else []
+        nodes = [branch for node in below for branch in _branches(node, schema)]
+    return nodes
+
+
+def _branches(node: Tree, schema: Tree) -> Iterator[Tree]:
+    if "$ref" in node:
+        yield from _branches(schema["$defs"][node["$ref"].rpartition("/")[2]], schema)
+        return
+    unions = [part for union in ("anyOf", "oneOf", "allOf") for part in node.get(union, ())]
+    if not unions or "discriminator" in node:
+        yield node
+    for part in unions:
+        yield from _branches(part, schema)
+
+
+_NOUNS = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "null": "null",
+    "array": "a list",
+    "object": "a section of keys",
+}
+_LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+
+
+def _describe(node: Tree) -> str:
+    """What a JSON schema node accepts, in words: `an integer > 0`."""
+    if "enum" in node:
+        return _join(_quote(choice) for choice in node["enum"])
+    if "const" in node:
+        return _quote(node["const"])
+    noun = _NOUNS.get(node.get("type", ""), "")
+    limits = " and ".join(f"{sign} {node[name]}" for name, sign in _LIMITS.items() if name in node)
+    if noun == "a list":
+        least, most = node.get("minItems"), node.get("maxItems")
+        if least is not None or most is not None:
+            limits = f"of {least}" if least == most else f"of {least or 0} to {most}" if most else f"of {least} or more"
+    elif noun == "text" and node.get("minLength"):
+        limits = "that is not empty" if node["minLength"] == 1 else f"of {node['minLength']} or more characters"
+    return f"{noun} {limits}".strip()
+
+
+def _quote(choice: Any) -> str:
+    return {None: "null", True: "true", False: "false"}.get(choice) or (
+        f"'{choice}'" if isinstance(choice, str) else str(choice)
+    )
+
+
+def _join(words: Iterable[str]) -> str:
+    listed = [word for word in words if word]
+    return " or ".join([", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed)
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _did_you_mean(word: object, names: list[str]) -> str:
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6) if isinstance(word, str) else []
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _as_change(node: Any) -> Any:
+    """A definition for a row: nothing is required, sections are changes themselves and may be null."""
+    if isinstance(node, list):
+        return [_as_change(part) for part in node]
+    if not isinstance(node, dict):
+        return node
+    changed: Tree = {}
+    for key, value in node.items():
+        if key == "$ref":
+            changed["anyOf"] = [{"$ref": f"{value}Change"}, {"type": "null"}]
+        elif not (key == "discriminator" or (key == "required" and isinstance(value, list))):
+            changed[key] = _as_change(value)
+    return changed

@@ -1,0 +1,63 @@
+"""What a person sees while a stage works: a live display on a terminal, a line now and then elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Display:
+    """Named rows of progress; `show` may be called as often as wanted."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.rows: dict[str, TaskID] = {}
+        self.last_line: dict[str, float] = {}
+
+    def __enter__(self) -> "Display":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def show(self, row: str, what: str, done: int, total: int, note: str = "") -> None:
+        """Sets a row to `done` of `total`, with what is going on and a note (loss, images per second)."""
+        if not self.console.is_terminal:
+            self._line(row, what, done, total, note)
+            return
+        if row not in self.rows:
+            self.rows[row] = self.progress.add_task(f"{row}: {what}", total=total, note=note)
+        self.progress.update(self.rows[row], description=f"{row}: {what}", completed=done, total=total, note=note)
+
+    def _line(self, row: str, what: str, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        if done < total and now - self.last_line.get(row, -SECONDS_BETWEEN_LINES) < SECONDS_BETWEEN_LINES:
+            return
+        self.last_line[row] = now
+        count = f" {done}/{total}" if total > 1 else ""
+        self.console.print(f"{row}: {what}{count}{'  ' + note if note else ''}", highlight=False, markup=False)

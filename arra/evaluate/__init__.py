@@ -1,0 +1,1 @@
+"""Measures of trained models: distances, retrieval, evaluation cards and their comparison."""

@@ -1,0 +1,267 @@
+"""The LlamaGen-style decoder: condition and codes go in, the next code's logits come out; `train` and `sample` call it.
+
+A sequence is C prefix positions (a class, caption features or text tokens) followed by P = h*w codes in raster order.
+Parameter names are LlamaGen's own, so its published files load as they are.
+Letters: B batch, S positions given (a slice of the sequence), C prefix length, P image positions, D model width,
+F caption feature size, K codes.
+Source: FoundationVision/LlamaGen, autoregressive/models/gpt.py (behaviour matched, its defects not).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from arra.data.layout import text_prefix
+from arra.errors import ArraError
+from arra.models.blocks import EMBEDDINGS, Block, RMSNorm, Rotary, attention_mask
+from arra.models.cache import KVCache
+from arra.models.settings import DecoderSettings
+
+__all__ = ["Condition", "Decoder", "DecoderSettings", "ModelOutput", "TextTokenizer", "left_padded"]
+
+
+@runtime_checkable
+class TextTokenizer(Protocol):
+    """What a text-conditioned decoder needs of its tokenizer."""
+
+    def encode(self, prompt: str) -> list[int]:
+        """Ids of a prompt in the prefix's own id space."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """The file written from which the same tokenizer can be loaded."""
+        ...
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the prefix of each sequence says, ready for `Decoder.forward`."""
+
+    tokens: Int[Tensor, "B C"]
+    prefix_mask: Bool[Tensor, "B C"] | None = None
+    caption: Float[Tensor, "B C F"] | None = None
+    null_caption: Bool[Tensor, "B"] | None = None
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.tokens.shape[0]
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        """The keyword arguments of `Decoder.forward` that repeat on every call."""
+        return {"prefix_mask": self.prefix_mask, "caption": self.caption, "null_caption": self.null_caption}
+
+    def select(self, rows: Int[Tensor, "N"]) -> "Condition":
+        """The rows of the given indices, in their order."""
+        parts = (self.tokens, self.prefix_mask, self.caption, self.null_caption)
+        return Condition(*(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
+
+    def join(self, other: "Condition") -> "Condition":
+        """These rows followed by those of a condition of the same kind."""
+        joined: list[Tensor | None] = []
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if (mine is None) != (theirs is None):
+                raise ValueError(f"conditions differ in kind: one has {field.name}, the other has not")
+            joined.append(None if mine is None else torch.cat([mine, theirs]))
+        return Condition(*joined)  # type: ignore[arg-type]
+
+
+class ModelOutput(NamedTuple):
+    """Hidden states of one forward pass (a tuple, so that wrappers which search outputs for tensors find them)."""
+
+    last_hidden: Tensor
+    """(B, S, D) after the final norm."""
+    captured: dict[int, Tensor]
+    """Layer -> (B, S, D): 0 = embeddings, k = residual stream after the k-th block, before the final norm."""
+
+
+class Decoder(nn.Module):
+    """A transformer that predicts image codes from left to right, top to bottom, after a condition."""
+
+    def __init__(self, settings: DecoderSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.text_tokenizer: TextTokenizer | None = None
+        self.cls_embedding: nn.Module = EMBEDDINGS[settings.condition](settings)
+        self.tok_embeddings = nn.Embedding(settings.num_codes, settings.hidden_size)
+        self.tok_dropout = nn.Dropout(settings.token_dropout)
+        self.layers = nn.ModuleList(Block(settings) for _ in range(settings.num_layers))
+        self.norm = RMSNorm(settings.hidden_size, settings.norm_eps)
+        self.output = nn.Linear(settings.hidden_size, settings.num_codes, bias=False)
+        self.rotary = Rotary(settings)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.settings.initializer_range)
+        nn.init.zeros_(self.output.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.norm.weight.device
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        """Room for whole sequences of `batch_size` rows, the last code excepted (nothing comes after it)."""
+        settings = self.settings
+        return KVCache.allocate(
+            num_layers=settings.num_layers,
+            batch_size=batch_size,
+            num_kv_heads=settings.kv_heads,
+            length=settings.prefix_length + settings.num_positions - 1,
+            head_dim=settings.head_dim,
+            device=self.device,
+            dtype=self.norm.weight.dtype,
+        )
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B S"],
+        *,
+        prefix_mask: Bool[Tensor, "B C"] | None = None,
+        caption: Float[Tensor, "B C F"] | None = None,
+        null_caption: Bool[Tensor, "B"] | None = None,
+        capture: Sequence[int] = (),
+        cache: KVCache | None = None,
+        start: int = 0,
+    ) -> ModelOutput:
+        """Hidden states of positions start..start+S-1; the state at position t predicts the code at t+1.
+
+        `tokens` at prefix positions are class or text ids (anything for captions), at later ones codes. False in
+        `prefix_mask` marks padding. Rows of `null_caption` use the stored null caption. With a cache, positions below
+        `start` are read from it and the new ones written to it; without one `start` is 0.
+        """
+        if start and cache is None:
+            raise ValueError("start > 0 needs the cache that holds the positions before it")
+        end = start + tokens.shape[1]
+        table = self.rotary.table[start:end]
+        mask = attention_mask(prefix_mask, start=start, end=end, device=tokens.device)
+        x = self.tok_dropout(self._embed(tokens, start, caption, null_caption))
+        captured = {0: x} if 0 in capture else {}
+        for index, block in enumerate(self.layers):
+            x = block(x, table, mask, cache, index, start)
+            if index + 1 in capture:
+                captured[index + 1] = x
+        return ModelOutput(self.norm(x), captured)
+
+    def _embed(self, tokens: Tensor, start: int, caption: Tensor | None, null_caption: Tensor | None) -> Tensor:
+        num_prefix = min(max(self.settings.prefix_length - start, 0), tokens.shape[1])
+        codes = self.tok_embeddings(tokens[:, num_prefix:])
+        if num_prefix == 0:
+            return codes
+        prefix = self.cls_embedding(tokens[:, :num_prefix], start, caption, null_caption)
+        return torch.cat([prefix, codes], dim=1)
+
+    def head(self, hidden: Float[Tensor, "*any D"]) -> Float[Tensor, "*any K"]:
+        """Logits over the codes in float32, from states after the final norm."""
+        return self.output(hidden).float()
+
+    def logits(
+        self,
+        codes: Int[Tensor, "B P"] | Int[Tensor, "B h w"],
+        *,
+        labels: Sequence[int] | Int[Tensor, "B"] | None = None,
+        captions: tuple[Tensor, Tensor | None] | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> Float[Tensor, "B P K"]:
+        """Teacher-forced logits at the positions that predict the codes, under the module's current mode."""
+        condition = self.condition(labels=labels, captions=captions, prompts=prompts)
+        flat = codes.flatten(1).to(self.device)
+        if len(condition) != len(flat) or flat.shape[1] != self.settings.num_positions:
+            height, width = self.settings.grid
+            raise ArraError(
+                f"codes: got {tuple(codes.shape)} for {len(condition)} conditions, expected one row each of "
+                f"{height} x {width} codes"
+            )
+        tokens = torch.cat([condition.tokens, flat[:, :-1]], dim=1)
+        hidden = self(tokens, **condition.inputs()).last_hidden
+        return self.head(hidden[:, self.settings.prefix_length - 1 :])
+
+    def condition(
+        self,
+        *,
+        labels: Sequence[int] | Int[Tensor, "B"] | None = None,
+        prompts: Sequence[str] | None = None,
+        captions: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Condition:
+        """The prefix for labels, prompts or captions, whichever this decoder was built for.
+
+        `captions` is (features (B, C, F), mask (B, C) or None), real vectors in any order of padding: they are moved
+        to the end and the padding is zeroed, as LlamaGen's sampler does.
+        Raises: ArraError when the kind or a value does not fit the decoder.
+        """
+        given = {"class": labels, "text": prompts, "caption": captions}
+        kinds = [kind for kind, value in given.items() if value is not None]
+        if kinds != [self.settings.condition]:
+            word = {"class": "labels=", "text": "prompts=", "caption": "captions="}[self.settings.condition]
+            raise ArraError(
+                f"condition: this decoder is conditioned on {self.settings.condition}, got "
+                f"{' and '.join(kinds) or 'nothing'}; pass {word}"
+            )
+        if labels is not None:
+            return self._class_condition(labels)
+        if prompts is not None:
+            return self._text_condition(prompts)
+        assert captions is not None
+        return self._caption_condition(*captions)
+
+    def null_condition(self, condition: Condition) -> Condition:
+        """The unconditional twin of a condition: null class, null caption under the same mask, or the empty prompt."""
+        tokens = condition.tokens
+        if self.settings.condition == "class":
+            return Condition(torch.full_like(tokens, self.settings.num_classes))
+        if self.settings.condition == "caption":
+            null = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+            return Condition(tokens, condition.prefix_mask, condition.caption, null)
+        ids, mask = text_prefix([], self.settings.prefix_length)
+        return Condition(
+            torch.tensor(ids, device=tokens.device).expand_as(tokens),
+            torch.tensor(mask, device=tokens.device).expand_as(tokens),
+        )
+
+    def _class_condition(self, labels: Sequence[int] | Tensor) -> Condition:
+        tokens = torch.as_tensor(labels, device=self.device, dtype=torch.int64)
+        outside = tokens[(tokens < 0) | (tokens > self.settings.num_classes)]
+        if len(outside):
+            raise ArraError(
+                f"labels: {outside[0].item()} is outside 0..{self.settings.num_classes} "
+                f"({self.settings.num_classes} is the null class)"
+            )
+        return Condition(tokens[:, None])
+
+    def _text_condition(self, prompts: Sequence[str]) -> Condition:
+        if self.text_tokenizer is None:
+            raise ArraError("prompts: this decoder has no text tokenizer; load it from a model folder or set one")
+        rows = [text_prefix(self.text_tokenizer.encode(prompt), self.settings.prefix_length) for prompt in prompts]
+        tokens = torch.tensor([ids for ids, _ in rows], device=self.device)
+        return Condition(tokens, torch.tensor([mask for _, mask in rows], device=self.device))
+
+    def _caption_condition(self, features: Tensor, mask: Tensor | None) -> Condition:
+        expected = (self.settings.prefix_length, self.settings.caption_dim)
+        if features.dim() != 3 or tuple(features.shape[1:]) != expected:
+            raise ArraError(
+                f"captions: features are {tuple(features.shape)}, expected (B, {expected[0]}, {expected[1]})"
+            )
+        features = features.to(self.device, self.norm.weight.dtype)
+        if mask is not None:
+            features, mask = left_padded(features, mask.to(self.device))
+        # caption positions carry no ids of their own
+        placeholders = torch.zeros(features.shape[:2], dtype=torch.int64, device=self.device)
+        return Condition(placeholders, mask, features, torch.zeros(len(features), dtype=torch.bool, device=self.device))
+
+
+def left_padded(
+    features: Float[Tensor, "B C F"], mask: Bool[Tensor, "B C"] | Int[Tensor, "B C"]
+) -> tuple[Float[Tensor, "B C F"], Bool[Tensor, "B C"]]:
+    """Features and mask with the real vectors at the end, in their order, and zeros before them."""
+    real = mask.bool()
+    order = real.to(torch.int64).argsort(dim=1, stable=True)
+    real = real.gather(1, order)
+    moved = features.gather(1, order[..., None].expand_as(features))
+    return torch.where(real[..., None], moved, 0.0), real

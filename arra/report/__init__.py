@@ -1,0 +1,1 @@
+"""What a person looks at: curves, grids of pictures and the one-file report."""

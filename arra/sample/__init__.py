@@ -1,0 +1,1 @@
+"""Decoding: models and seeds give codes and images. Nothing here knows about alignment."""

@@ -1,0 +1,230 @@
+"""Images from prompts, classes or captions: decoding over a static KV cache, with guidance, one seed for each image.
+
+Letters: N images, B images of one batch, R rows of one batch (B, or 2B while guided: conditional, then null), C prefix
+length, P = h*w codes, K codes of the vocabulary, H W pixels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from pydantic import ValidationError
+from torch import Tensor
+
+from arra.errors import ArraError
+from arra.models.cache import KVCache
+from arra.models.decoder import Condition, Decoder
+from arra.sample.logits import SamplingSettings, draw_keys, guide, pick
+
+# Matrix products of fewer rows take other kernels on a CPU and round differently; from four rows on, a row's result
+# was the same bits at any number of rows (one thread).
+MIN_ROWS = 4
+
+
+@runtime_checkable
+class ImageTokenizer(Protocol):
+    """What generation needs of an image tokenizer."""
+
+    def decode(self, codes: Int[Tensor, "N h w"]) -> UInt8[Tensor, "N H W 3"]:
+        """Pictures of the codes."""
+        ...
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """Images in the order of `seeds` (and `prompts` or `labels`, where given), with what made them."""
+
+    images: UInt8[Tensor, "N H W 3"] | None
+    codes: Int[Tensor, "N h w"]
+    prompts: list[str] | None
+    labels: list[int] | None
+    seeds: list[int]
+    settings: SamplingSettings
+
+
+def generate(
+    model: Decoder,
+    tokenizer: ImageTokenizer | None = None,
+    *,
+    seeds: Sequence[int],
+    prompts: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+    captions: tuple[Tensor, Tensor | None] | None = None,
+    cfg_scale: int | float = 1.0,
+    cfg_interval: int = -1,
+    temperature: int | float = 1.0,
+    top_k: int = 0,
+    top_p: int | float = 1.0,
+    min_p: int | float = 0.0,
+    batch_size: int = 16,
+    prefix_codes: Int[Tensor, "N n"] | None = None,
+    watch: Callable[[int, int, Tensor], None] | None = None,
+) -> GenerationResult:
+    """Images for conditions and seeds: zipped when there are equally many, otherwise every condition with every seed.
+
+    The product is ordered condition by condition. Without a tokenizer `images` is None. `prefix_codes` are the first n
+    codes of every image, one row each or one row for all; the rest is painted. `watch` is called as
+    watch(first image of the batch, code index, logits (B, K) after guidance).
+
+    An image is a function of the weights, its condition, its seed and the sampling settings, not of `batch_size`, of
+    the order or of the other images: each has its own generator, every key is drawn before the first code, and
+    pictures are decoded one by one. What is left is that matrix products may round differently at other numbers of
+    rows (not on one CPU thread, see MIN_ROWS): of two codes whose noisy scores agree to about 1e-6 the other may win.
+
+    The model's mode, state dict and the global random state are left as they were.
+    Raises: ArraError for conditions, seeds or settings that do not fit.
+    """
+    if batch_size < 1:
+        raise ArraError(f"generate: batch_size: {batch_size} must be at least 1")
+    settings = _sampling(
+        cfg_scale=cfg_scale,
+        cfg_interval=cfg_interval,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+    )
+    with _evaluating(model), torch.no_grad():
+        conditions = model.condition(prompts=prompts, labels=labels, captions=captions)
+        rows, image_seeds = pair(len(conditions), seeds)
+        forced = _forced_codes(model, prefix_codes, len(rows))
+        num_codes = model.settings.num_positions
+        keys = draw_keys(image_seeds, num_codes)
+        batches = []
+        for first in range(0, len(rows), batch_size):
+            chosen = torch.arange(first, min(first + batch_size, len(rows)))
+            padded = _pad(chosen, doubled=settings.guided_codes(num_codes) == num_codes)
+            condition = conditions.select(torch.tensor(rows)[padded].to(model.device))
+            codes = paint(
+                model,
+                condition,
+                keys=keys[padded].to(model.device),
+                settings=settings,
+                prefix_codes=None if forced is None else forced[padded].to(model.device),
+                watch=None if watch is None else _watch_batch(watch, first, len(chosen)),
+            )
+            batches.append(codes[: len(chosen)])
+        codes = torch.cat(batches).unflatten(1, model.settings.grid)
+        images = None if tokenizer is None else torch.cat([tokenizer.decode(one[None]) for one in codes])
+    return GenerationResult(
+        images=images,
+        codes=codes,
+        prompts=None if prompts is None else [prompts[row] for row in rows],
+        labels=None if labels is None else [int(labels[row]) for row in rows],
+        seeds=image_seeds,
+        settings=settings,
+    )
+
+
+def pair(num_conditions: int, seeds: Sequence[int]) -> tuple[list[int], list[int]]:
+    """For each image its condition's index and its seed: zipped at equal lengths, else the product by condition."""
+    if not num_conditions or not len(seeds):
+        raise ArraError(f"generate: {num_conditions} conditions and {len(seeds)} seeds make no image; give one of each")
+    if negative := [seed for seed in seeds if seed < 0]:
+        raise ArraError(f"seeds: {negative[0]} is negative; seeds are whole numbers from 0 on")
+    if num_conditions == len(seeds):
+        return list(range(num_conditions)), [int(seed) for seed in seeds]
+    product = [(row, int(seed)) for row in range(num_conditions) for seed in seeds]
+    return [row for row, _ in product], [seed for _, seed in product]
+
+
+def paint(
+    model: Decoder,
+    condition: Condition,
+    *,
+    keys: Int[Tensor, "B P"],
+    settings: SamplingSettings,
+    prefix_codes: Int[Tensor, "B n"] | None = None,
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> Int[Tensor, "B P"]:
+    """The codes of one batch; `watch(index, logits)` sees the logits each code is taken from, before the filters."""
+    num_images, num_codes = len(condition), model.settings.num_positions
+    num_forced = 0 if prefix_codes is None else prefix_codes.shape[1]
+    codes = torch.empty(num_images, num_codes, dtype=torch.int64, device=model.device)
+    if prefix_codes is not None:
+        codes[:, :num_forced] = prefix_codes
+    if num_forced == num_codes:
+        return codes
+    guided_until = settings.guided_codes(num_codes)
+    rows = condition
+    if guided_until > num_forced:
+        rows = condition.join(model.null_condition(condition))
+    cache, logits = prefill(model, rows, codes[:, :num_forced])
+    for index in range(num_forced, num_codes):
+        if len(rows) > num_images:
+            logits = guide(logits[:num_images], logits[num_images:], cfg_scale=settings.cfg_scale)
+        if watch is not None:
+            watch(index, logits)
+        codes[:, index] = pick(logits, settings, keys=keys[:, index])
+        if index + 1 == num_codes:
+            break
+        if len(rows) > num_images and index + 1 >= guided_until:
+            rows, cache = condition, cache.rows(num_images)
+        logits = decode_step(model, rows, cache, codes=codes[:, index], index=index)
+    return codes
+
+
+def prefill(model: Decoder, rows: Condition, prefix_codes: Int[Tensor, "B n"]) -> tuple[KVCache, Float[Tensor, "R K"]]:
+    """A cache filled with the prefix and the given codes, and the logits of the code after them."""
+    cache = model.new_cache(len(rows))
+    tokens = torch.cat([rows.tokens, _for_each_row(prefix_codes, len(rows))], dim=1)
+    hidden = model(tokens, **rows.inputs(), cache=cache).last_hidden
+    return cache, model.head(hidden[:, -1])
+
+
+def decode_step(
+    model: Decoder, rows: Condition, cache: KVCache, *, codes: Int[Tensor, "B"], index: int
+) -> Float[Tensor, "R K"]:
+    """The logits of code `index` + 1, after feeding the codes at `index`; the cache grows by one position."""
+    tokens = _for_each_row(codes[:, None], len(rows))
+    start = model.settings.prefix_length + index
+    return model.head(model(tokens, **rows.inputs(), cache=cache, start=start).last_hidden[:, -1])
+
+
+def _for_each_row(codes: Tensor, num_rows: int) -> Tensor:
+    # conditional and null rows of an image share its codes
+    return codes.repeat(num_rows // len(codes), 1)
+
+
+def _pad(chosen: Tensor, *, doubled: bool) -> Tensor:
+    minimum = MIN_ROWS // 2 if doubled else MIN_ROWS
+    return torch.cat([chosen, chosen[-1:].expand(max(minimum - len(chosen), 0))])
+
+
+def _watch_batch(
+    watch: Callable[[int, int, Tensor], None], first: int, num_images: int
+) -> Callable[[int, Tensor], None]:
+    return lambda index, logits: watch(first, index, logits[:num_images])
+
+
+def _sampling(**fields: Any) -> SamplingSettings:
+    try:
+        return SamplingSettings(**fields)
+    except ValidationError as error:
+        faults = "; ".join(f"{fault['loc'][0]}: {fault['msg']}, got {fault['input']}" for fault in error.errors())
+        raise ArraError(f"generate: {faults}") from error
+
+
+def _forced_codes(model: Decoder, prefix_codes: Tensor | None, num_images: int) -> Tensor | None:
+    if prefix_codes is None:
+        return None
+    if len(prefix_codes) not in (1, num_images) or prefix_codes.shape[1] > model.settings.num_positions:
+        raise ArraError(
+            f"prefix_codes: got {tuple(prefix_codes.shape)}, expected {num_images} rows (or one for all) of at most "
+            f"{model.settings.num_positions} codes"
+        )
+    return prefix_codes.to(torch.int64).expand(num_images, -1)
+
+
+@contextmanager
+def _evaluating(model: Decoder) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,207 @@
+"""From a store to a trained run: `arra train`.
+
+Legend: N records, P image positions, F feature.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arra.config import Recipe, dump_recipe
+from arra.data.batches import Batches, TrainBatch, text_batch
+from arra.data.store import Store
+from arra.distributed import choose_device, set_threads
+from arra.encoders import encoder_spec
+from arra.errors import ArraError
+from arra.models import Decoder, DecoderSettings, save_model
+from arra.report.grids import png_bytes, strip
+from arra.runs import Run, atomic_write
+from arra.sample.generate import generate
+from arra.stages.prepare import codes_made_by, recipe_tokenizer, teacher_made_by
+from arra.tokenizers import ImageTokenizer, load_tokenizer
+from arra.tokenizers.text import TextTokenizer, train_text_tokenizer
+from arra.train.alignment import build_alignment
+from arra.train.loop import Trainer
+
+NUM_PREVIEWS = 8
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on, read from a store after checking that the recipe fits it."""
+
+    store: Store
+    tokenizer: ImageTokenizer
+    text: TextTokenizer
+    batches: Batches
+    validation: list[TrainBatch]
+    features: Tensor | None
+
+
+def training_data(recipe: Recipe, store: Store) -> TrainingData:
+    """Batches of the training split and the validation batches.
+
+    Raises:
+        ArraError: the store's columns were not made as the recipe says.
+    """
+    tokenizer = recipe_tokenizer(recipe, store)
+    store.require("codes", codes_made_by(recipe, tokenizer))
+    codes = torch.from_numpy(store.column("codes")).long().flatten(1)
+    table = store.table()
+    prompts, alternatives = table.column("prompt").to_pylist(), table.column("alternatives").to_pylist()
+    train, validation = store.rows("train"), store.rows("validation")
+    text = train_text_tokenizer(
+        [text for row in train for text in (prompts[row], *alternatives[row])], vocab_size=recipe.model.text_vocab_size
+    )
+    length = recipe.model.prefix_length
+    captions = [[text.encode(each) for each in (prompts[row], *alternatives[row])] for row in train]
+    for row, (own, *others) in zip(train, captions, strict=True):
+        if max(len(ids) for ids in (own, *others)) + 1 > length:
+            raise ArraError(
+                f"{store.path}: record '{table.column('id')[int(row)]}': its caption has {len(own)} tokens, more than "
+                f"model.prefix_length {length} - 1; raise it with --set model.prefix_length={len(own) + 1}"
+            )
+    features = None
+    if recipe.align is not None:
+        column = f"features.{recipe.encoder.teacher}"
+        store.require(column, teacher_made_by(recipe))
+        features = torch.from_numpy(store.column(column))[torch.from_numpy(train)]
+        if recipe.align.shuffle_targets:
+            order = torch.randperm(len(features), generator=torch.Generator().manual_seed(recipe.train.seed + 1))
+            features = features[order]
+    batches = Batches(
+        captions=captions,
+        codes=codes[torch.from_numpy(train)],
+        features=features,
+        prefix_length=length,
+        batch_size=recipe.train.batch_size,
+        condition_dropout=recipe.train.condition_dropout,
+        alternative_share=recipe.train.alternative_share,
+        seed=recipe.train.seed,
+    )
+    held_out = [
+        text_batch([text.encode(prompts[row]) for row in part], codes[torch.from_numpy(part)], prefix_length=length)
+        for part in np.array_split(validation, max(1, len(validation) // 64))
+    ]
+    return TrainingData(store, tokenizer, text, batches, held_out, features)
+
+
+def build_model(recipe: Recipe, text: TextTokenizer, tokenizer: ImageTokenizer) -> Decoder:
+    """A fresh decoder of the recipe; its first weights are a function of `model.seed`."""
+    torch.manual_seed(recipe.model.seed)
+    model = Decoder(decoder_settings(recipe, num_codes=tokenizer.num_codes, downsampling=tokenizer.downsampling))
+    model.text_tokenizer = text
+    return model
+
+
+def decoder_settings(recipe: Recipe, *, num_codes: int, downsampling: int) -> DecoderSettings:
+    """The decoder's settings, with what follows from the tokenizer filled in."""
+    m, side = recipe.model, recipe.data.image_size // downsampling
+    return DecoderSettings(
+        num_layers=m.num_layers,
+        num_heads=m.num_heads,
+        hidden_size=m.hidden_size,
+        ffn_hidden_size=m.ffn_hidden_size,
+        multiple_of=32,
+        num_codes=num_codes,
+        grid=(side, side),
+        condition="text",
+        prefix_length=m.prefix_length,
+        text_vocab_size=m.text_vocab_size,
+        token_dropout=m.token_dropout,
+        resid_dropout=m.resid_dropout,
+        ffn_dropout=m.ffn_dropout,
+    )
+
+
+def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) -> Run:
+    """The finished run: trained to the last step, resuming if it was begun.
+
+    Raises:
+        ArraError: the folder holds another recipe's run, or the store does not fit the recipe.
+        TrainingInterrupted: a signal asked to stop; run again to continue.
+    """
+    set_threads(recipe.train.threads)
+    torch.set_flush_denormal(True)  # optimiser states of rare words decay into denormals, which are slow
+    data = training_data(recipe, store)
+    columns = ["codes"] + ([f"features.{recipe.encoder.teacher}"] if recipe.align is not None else [])
+    manifest = {
+        "store": str(store.path),
+        "store_sha256": store.manifest_hash(*columns),
+        "tokenizer": data.tokenizer.name,
+        "tokenizer_sha256": data.tokenizer.weights_hash,
+        "seed": recipe.train.seed,
+        "threads": torch.get_num_threads(),
+    }
+    run = Run.create(folder, dump_recipe(recipe), manifest)
+    with run.lock():
+        if (folder / "model.json").is_file() and run.read_metrics()[-1:] and is_finished(run, recipe):
+            return run
+        if recipe.tokenizer.train is not None and not (folder / "tokenizer").exists():
+            data.tokenizer.save(folder / "tokenizer")
+        device = choose_device(recipe.train.device)
+        model = build_model(recipe, data.text, data.tokenizer).to(device)
+        alignment = None
+        if recipe.align is not None and data.features is not None:
+            width = recipe.model.hidden_size
+            alignment = build_alignment(recipe.align, data.features, hidden_size=width, seed=recipe.train.seed)
+            alignment = alignment.to(device)
+        trainer = Trainer(
+            model=model,
+            alignment=alignment,
+            batches=data.batches,
+            validation=data.validation,
+            settings=recipe.train,
+            run=run,
+            preview=_previewer(recipe, data, run) if previews else None,
+        )
+        trainer.train()
+        with trainer.averaged():
+            save_model(model, folder)  # the projector stays behind in the checkpoints
+    return run
+
+
+def is_finished(run: Run, recipe: Recipe) -> bool:
+    """Whether the run's last step is done and its model saved."""
+    saved = (run.path / "model.json").is_file()
+    return saved and any(row["step"] == recipe.train.steps for row in run.read_metrics()[-3:])
+
+
+def _previewer(recipe: Recipe, data: TrainingData, run: Run) -> Callable[[Decoder, int], None]:
+    prompts = data.store.prompts()
+    rows = data.store.rows("validation")
+    chosen = [prompts[row] for row in rows[:: max(1, len(rows) // NUM_PREVIEWS)][:NUM_PREVIEWS]]
+
+    def preview(model: Decoder, step: int) -> None:
+        result = generate(model, data.tokenizer, prompts=chosen, seeds=list(range(len(chosen))))
+        assert result.images is not None
+        path = run.path / "previews" / f"step-{step:06d}.png"
+        atomic_write(path, png_bytes(strip(result.images.numpy())))
+
+    return preview
+
+
+def describe_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, with the numbers that follow from it as comments."""
+    tokenizer = None if recipe.tokenizer.train else load_tokenizer(recipe.tokenizer.name)
+    network = recipe.tokenizer.network or (tokenizer or load_tokenizer(recipe.tokenizer.name)).model.settings
+    settings = decoder_settings(recipe, num_codes=network.num_codes, downsampling=network.downsampling)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Decoder(settings).parameters())
+    tokens = recipe.train.batch_size * (settings.prefix_length + settings.num_positions)
+    lines = [
+        f"image: {settings.num_positions} codes ({settings.grid[0]} x {settings.grid[1]}) of {settings.num_codes}",
+        f"sequence: {settings.prefix_length} text positions + {settings.num_positions} codes",
+        f"decoder: {parameters:,} parameters",
+        f"training: {recipe.train.steps * recipe.train.batch_size:,} images, {recipe.train.steps * tokens:,} tokens",
+    ]
+    if recipe.align is not None:
+        target = recipe.align.components or encoder_spec(recipe.encoder.teacher).feature_size
+        inner = recipe.align.inner_size or target
+        count = (recipe.model.hidden_size + 1) * inner + (inner + 1) * target
+        lines.append(f"projector: {count:,} parameters, thrown away after training")
+    return dump_recipe(recipe) + "".join(f"# {line}\n" for line in lines)

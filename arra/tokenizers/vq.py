@@ -1,0 +1,288 @@
+"""The VQ image tokenizer network: pixels -> a grid of integers (codes) -> pixels.
+
+One network serves LlamaGen's published VQ-16 and VQ-8 and every tokenizer trained here; only settings differ.
+Parameter names are LlamaGen's own, so its files load as they are.
+Legend: B batch, H W pixels, h w latent grid (H = h * downsampling), Z latent channels, E code dimension, K codes.
+
+Source: LlamaGen `tokenizer/tokenizer_image/vq_model.py` (behaviour and key names).
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from arra.settings import Settings
+
+
+class VQSettings(Settings):
+    """Shape of a VQ tokenizer network. The defaults are LlamaGen's VQ-16."""
+
+    channels: int = Field(128, gt=0, multiple_of=32)
+    """Channels at full resolution; GroupNorm has 32 groups, so a multiple of 32."""
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channel multiplier of each resolution level; the image shrinks by 2 between levels."""
+    num_res_blocks: int = Field(2, gt=0)
+    """Residual blocks per encoder level; the decoder has one more."""
+    z_channels: int = Field(256, gt=0)
+    num_codes: int = Field(16384, gt=1)
+    code_dim: int = Field(8, gt=0)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code along each side."""
+        return int(2 ** (len(self.ch_mult) - 1))
+
+
+class ResnetBlock(nn.Module):
+    """Two normed 3x3 convolutions with a skip."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(32, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        skip = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return cast(Tensor, skip + h)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions of the lowest resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, h, w = x.shape
+        normed = self.norm(x)
+        q, k, v = (f(normed).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, h*w, C)
+        attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return cast(Tensor, x + self.proj_out(attended.transpose(1, 2).unflatten(2, (h, w))))
+
+
+class Downsample(nn.Module):
+    """Half the resolution by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(F.pad(x, (0, 1, 0, 1))))  # right and bottom only
+
+
+class Upsample(nn.Module):
+    """Twice the resolution by nearest neighbours and a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, and the step to the next where there is one."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: int, attention: bool, step: nn.Module | None
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * blocks
+        self.res = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
+        self.step_name = {Downsample: "downsample", Upsample: "upsample", type(None): ""}[type(step)]
+        if step is not None:
+            self.add_module(self.step_name, step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return cast(Tensor, getattr(self, self.step_name)(x)) if self.step_name else x
+
+
+def middle(channels: int) -> nn.ModuleList:
+    """The blocks at the lowest resolution, between encoder (or decoder) levels and latents."""
+    return nn.ModuleList([ResnetBlock(channels, channels), AttnBlock(channels), ResnetBlock(channels, channels)])
+
+
+class Encoder(nn.Module):
+    """Pixels to latents."""
+
+    def __init__(self, s: VQSettings) -> None:
+        super().__init__()
+        widths = [s.channels] + [s.channels * m for m in s.ch_mult]
+        last = len(s.ch_mult) - 1
+        self.conv_in = nn.Conv2d(3, s.channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(
+                widths[i],
+                widths[i + 1],
+                s.num_res_blocks,
+                attention=i == last,
+                step=Downsample(widths[i + 1]) if i < last else None,
+            )
+            for i in range(last + 1)
+        )
+        self.mid = middle(widths[-1])
+        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], s.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in (*self.conv_blocks, *self.mid):
+            x = block(x)
+        return cast(Tensor, self.conv_out(F.silu(self.norm_out(x))))
+
+
+class Decoder(nn.Module):
+    """Latents to pixels."""
+
+    def __init__(self, s: VQSettings) -> None:
+        super().__init__()
+        widths = [s.channels * m for m in reversed(s.ch_mult)]  # lowest resolution first
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(s.z_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0])
+        self.conv_blocks = nn.ModuleList(
+            Level(
+                widths[max(i - 1, 0)],
+                widths[i],
+                s.num_res_blocks + 1,
+                attention=i == 0,
+                step=Upsample(widths[i]) if i < last else None,
+            )
+            for i in range(last + 1)
+        )
+        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z)
+        for block in (*self.mid, *self.conv_blocks):
+            x = block(x)
+        return cast(Tensor, self.conv_out(F.silu(self.norm_out(x))))
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What the quantiser says of a batch; losses are means over all elements, code dimension included."""
+
+    vectors: Float[Tensor, "B E h w"]  # straight-through: value of the codebook row, gradient of the encoder
+    codes: Int[Tensor, "B h w"]
+    codebook_loss: Float[Tensor, ""]
+    commitment_loss: Float[Tensor, ""]
+    entropy_loss: Float[Tensor, ""]
+
+
+class Quantizer(nn.Module):
+    """Nearest codebook row by cosine: rows and vectors are normalised when used, not in storage."""
+
+    embedding: nn.Embedding
+
+    def __init__(self, num_codes: int, code_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_codes, code_dim)
+        bound = 1.0 / num_codes
+        rows = torch.empty(num_codes, code_dim).uniform_(-bound, bound)
+        self.embedding.weight.data = F.normalize(rows, dim=-1)
+
+    def nearest(self, z: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
+        """Index of the nearest row for normalised vectors; the first of equals."""
+        rows = F.normalize(self.embedding.weight, dim=-1)
+        distance = (z**2).sum(1, keepdim=True) + (rows**2).sum(1) - 2 * z @ rows.T
+        return distance.argmin(1)
+
+    def rows(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B E h w"]:
+        """Normalised codebook rows, channels first."""
+        return F.embedding(codes, F.normalize(self.embedding.weight, dim=-1)).permute(0, 3, 1, 2)
+
+    def forward(
+        self, z: Float[Tensor, "B E h w"], *, commitment: float = 0.25, entropy_weight: float = 0.0
+    ) -> Quantized:
+        z = F.normalize(z, dim=1)
+        flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B*h*w, E)
+        codes = self.nearest(flat).view(z.shape[0], *z.shape[2:])
+        quantized = self.rows(codes)
+        if entropy_weight:
+            entropy = entropy_weight * code_entropy_loss(flat, F.normalize(self.embedding.weight, dim=-1))
+        else:
+            entropy = z.new_zeros(())
+        return Quantized(
+            vectors=z + (quantized - z).detach(),
+            codes=codes,
+            codebook_loss=((quantized - z.detach()) ** 2).mean(),
+            commitment_loss=commitment * ((quantized.detach() - z) ** 2).mean(),
+            entropy_loss=entropy,
+        )
+
+
+def code_entropy_loss(
+    z: Float[Tensor, "N E"], rows: Float[Tensor, "K E"], *, temperature: float = 0.01
+) -> Float[Tensor, ""]:
+    """Mean entropy of each assignment minus entropy of the mean assignment: low when choices are sharp and varied.
+
+    Source: LlamaGen `vq_model.py`, `compute_entropy_loss` (its two 1e-5 terms included).
+    """
+    distance = (z**2).sum(1, keepdim=True) + (rows**2).sum(1) - 2 * z @ rows.T
+    affinity = -distance / temperature
+    p = affinity.softmax(1)
+    log_p = (affinity + 1e-5).log_softmax(1)
+    mean_p = p.mean(0)
+    sample_entropy = -(p * log_p).sum(1).mean()
+    mean_entropy = -(mean_p * (mean_p + 1e-5).log()).sum()
+    return sample_entropy - mean_entropy
+
+
+class VQModel(nn.Module):
+    """Encoder, quantiser and decoder. Images are float in [-1, 1]; the output is unbounded, nominally [-1, 1]."""
+
+    def __init__(self, settings: VQSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.encoder = Encoder(settings)
+        self.decoder = Decoder(settings)
+        self.quantize = Quantizer(settings.num_codes, settings.code_dim)
+        self.quant_conv = nn.Conv2d(settings.z_channels, settings.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(settings.code_dim, settings.z_channels, 1)
+
+    def latents(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B E h w"]:
+        """Vectors before quantisation, not normalised."""
+        return cast(Tensor, self.quant_conv(self.encoder(images)))
+
+    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
+        """Codes of images in [-1, 1]."""
+        z = F.normalize(self.latents(images), dim=1)
+        flat = z.permute(0, 2, 3, 1).flatten(0, 2)
+        return self.quantize.nearest(flat).view(z.shape[0], *z.shape[2:])
+
+    def decode(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Images, nominally in [-1, 1]."""
+        return self.decode_vectors(self.quantize.rows(codes))
+
+    def decode_vectors(self, vectors: Float[Tensor, "B E h w"]) -> Float[Tensor, "B 3 H W"]:
+        return cast(Tensor, self.decoder(self.post_quant_conv(vectors)))
+
+    def num_parameters(self) -> int:
+        return sum(math.prod(p.shape) for p in self.parameters())

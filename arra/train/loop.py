@@ -1,0 +1,235 @@
+"""The training loop. Everything random is a function of (seed, step), so a resumed run ends in the same weights.
+
+Two models trained from one seed see the same pictures in the same order, start from the same weights and drop the same
+units, whether they are aligned or not: the projector has its own generator, its own gradient clipping, and draws
+nothing in the forward pass.
+Legend: B batch, P image positions.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from arra.align import Alignment
+from arra.data.batches import Batches, TrainBatch, mix
+from arra.models import Decoder
+from arra.runs import Run
+from arra.train.checkpoints import newest_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from arra.train.interrupt import TrainingInterrupted, interruptible
+from arra.train.objective import Losses, compute_losses, next_token_losses
+from arra.train.settings import TrainSettings
+
+
+@dataclass
+class Trainer:
+    """Model, optimiser and position of one run."""
+
+    model: Decoder
+    alignment: Alignment | None
+    batches: Batches
+    validation: list[TrainBatch]
+    settings: TrainSettings
+    run: Run
+    preview: Callable[[Decoder, int], None] | None = None
+    """Called as preview(model, step); must leave model and random state as they are."""
+
+    def __post_init__(self) -> None:
+        self.step, self.seconds = 0, 0.0
+        self.device = self.model.device
+        self.parameters = dict(self.model.named_parameters())
+        self.projector = dict(self.alignment.named_parameters()) if self.alignment is not None else {}
+        self.names: dict[nn.Parameter, str] = {p: f"model.{n}" for n, p in self.parameters.items()}
+        self.names |= {p: f"align.{n}" for n, p in self.projector.items()}
+        self.optimizer = make_optimizer([*self.parameters.values(), *self.projector.values()], self.settings)
+        decay = self.settings.ema_decay
+        self.average = None if decay is None else {n: p.detach().clone() for n, p in self.parameters.items()}
+
+    def train(self) -> None:
+        """Runs to the last step, resuming where checkpoints are found.
+
+        Raises:
+            TrainingInterrupted: a signal asked to stop; everything is saved.
+            FloatingPointError: the loss is not finite; the weights of the step before are untouched.
+        """
+        self.resume()
+        with interruptible() as stopped:
+            while self.step < self.settings.steps:
+                started = time.perf_counter()
+                losses, grad_norm = self.train_step()
+                self.seconds += time.perf_counter() - started
+                self.after_step(losses, grad_norm)
+                if stopped() and self.step < self.settings.steps:
+                    self.save()
+                    raise TrainingInterrupted(f"{self.run.path}: interrupted at step {self.step}, saved")
+
+    def train_step(self) -> tuple[Losses, float]:
+        """One update; the losses are means over the whole batch."""
+        s = self.settings
+        self.model.train()
+        torch.manual_seed(mix(s.seed, "dropout", self.step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, s)
+        self.optimizer.zero_grad()
+        losses = self.accumulate(self.batches.batch(self.step))
+        grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), s.clip_norm))
+        if self.projector:
+            nn.utils.clip_grad_norm_(self.projector.values(), s.clip_norm)
+        if not (math.isfinite(losses.total.item()) and math.isfinite(grad_norm)):
+            raise FloatingPointError(f"step {self.step}: loss {losses.total.item()}, gradient norm {grad_norm}")
+        self.optimizer.step()
+        self.step += 1
+        if self.average is not None and s.ema_decay is not None:
+            decay = min(s.ema_decay, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+        return losses, grad_norm
+
+    def accumulate(self, batch: TrainBatch) -> Losses:
+        """Gradients of the batch's mean losses, over micro-batches weighted by their share of the rows."""
+        size, rows = self.settings.micro_batch_size or len(batch.tokens), len(batch.tokens)
+        sums: list[Tensor] = []
+        for start in range(0, rows, size):
+            part = move(select(batch, slice(start, start + size)), self.device)
+            losses = compute_losses(self.model, part, self.alignment, z_weight=self.settings.z_weight)
+            share = len(part.tokens) / rows
+            (losses.total * share).backward()
+            gva = losses.gva if losses.gva is not None else losses.total.new_tensor(math.nan)
+            sums.append(torch.stack([losses.total, losses.ntp, losses.z, gva]).detach() * share)
+        total, ntp, z, gva = torch.stack(sums).sum(0)
+        return Losses(total, ntp, z, None if self.alignment is None else gva)
+
+    def after_step(self, losses: Losses, grad_norm: float) -> None:
+        """Logs, validates, previews and saves when it is time to; never changes what is trained."""
+        s, last = self.settings, self.step == self.settings.steps
+        if self.step % s.log_every_steps == 0 or last or self.step == 1:
+            self.run.append_metrics(
+                {
+                    "kind": "train",
+                    "step": self.step,
+                    "images": self.step * s.batch_size,
+                    "seconds": round(self.seconds, 3),
+                    "loss": losses.total.item(),
+                    "ntp_loss": losses.ntp.item(),
+                    "gva_loss": None if losses.gva is None else losses.gva.item(),
+                    "z_loss": losses.z.item(),
+                    "lr": learning_rate(self.step - 1, s),
+                    "grad_norm": grad_norm,
+                    "images_per_second": round(self.step * s.batch_size / self.seconds, 2),
+                }
+            )
+        if self.validation and (self.step % s.validate_every_steps == 0 or last):
+            with self.averaged():
+                ntp = validation_loss(self.model, self.validation)
+            row = {"kind": "validation", "step": self.step, "seconds": round(self.seconds, 3), "ntp_loss": ntp}
+            self.run.append_metrics(row)
+        if self.preview and s.preview_every_steps and (self.step % s.preview_every_steps == 0 or last):
+            with self.averaged():
+                self.preview(self.model, self.step)
+        if self.step % s.checkpoint_every_steps == 0 or last:
+            self.save()
+
+    def save(self) -> None:
+        """Nothing; the newest checkpoint is this step's."""
+        tensors = {name: parameter.detach() for parameter, name in self.names.items()}
+        tensors |= optimizer_tensors(self.optimizer, self.names)
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        save_checkpoint(
+            self.run.path / "checkpoints",
+            step=self.step,
+            seconds=self.seconds,
+            tensors=tensors,
+            keep=self.settings.keep_checkpoints,
+        )
+
+    def resume(self) -> None:
+        """Nothing; the state is the newest whole checkpoint's, or the beginning's, and later metrics are gone."""
+        checkpoint = newest_checkpoint(self.run.path / "checkpoints")
+        self.run.truncate_metrics(checkpoint.step if checkpoint else 0)
+        if checkpoint is None:
+            return
+        self.step, self.seconds = checkpoint.step, checkpoint.seconds
+        with torch.no_grad():
+            for parameter, name in self.names.items():
+                parameter.copy_(checkpoint.tensors[name])
+            for name, value in (self.average or {}).items():
+                value.copy_(checkpoint.tensors[f"average.{name}"])
+        restore_optimizer(self.optimizer, self.names, checkpoint.tensors)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A block in which the model holds the averaged weights, if there are any."""
+        if self.average is None:
+            yield
+            return
+        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.average[name])
+            try:
+                yield
+            finally:
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(kept[name])
+
+
+@torch.no_grad()
+def validation_loss(model: Decoder, batches: list[TrainBatch]) -> float:
+    """Nats per code over all batches, each code counted once; the model's mode is left as it was."""
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        batch = move(batch, model.device)
+        hidden = model(batch.tokens[:, :-1], prefix_mask=batch.prefix_mask).last_hidden
+        losses, _ = next_token_losses(model, hidden, batch)
+        total, count = total + losses.double().sum().item(), count + len(losses)
+    model.train(training)
+    return total / count
+
+
+def make_optimizer(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW with decay on tensors of two or more dimensions only."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, settings.learning_rate, settings.betas, eps=1e-8)
+
+
+def learning_rate(step: int, settings: TrainSettings) -> float:
+    """The rate of a step, counted from 0: linear warm-up, then constant or a cosine down to the final rate."""
+    s = settings
+    if step < s.warmup_steps:
+        return s.learning_rate * (step + 1) / s.warmup_steps
+    if s.schedule == "constant":
+        return s.learning_rate
+    progress = (step - s.warmup_steps) / max(1, s.steps - s.warmup_steps)
+    return s.final_learning_rate + (s.learning_rate - s.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def select(batch: TrainBatch, rows: slice) -> TrainBatch:
+    """The batch of some rows."""
+    return on_each_part(batch, lambda part: part[rows])
+
+
+def move(batch: TrainBatch, device: torch.device) -> TrainBatch:
+    """The batch on a device."""
+    return on_each_part(batch, lambda part: part.to(device))
+
+
+def on_each_part(batch: TrainBatch, change: Callable[[Tensor], Tensor]) -> TrainBatch:
+    """The batch with every tensor changed."""
+    return TrainBatch(
+        tokens=change(batch.tokens),
+        labels=change(batch.labels),
+        code_mask=change(batch.code_mask),
+        prefix_mask=change(batch.prefix_mask),
+        features=None if batch.features is None else change(batch.features),
+        rows=None if batch.rows is None else change(batch.rows),
+    )

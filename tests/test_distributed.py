@@ -1,0 +1,56 @@
+"""Devices are chosen by name, and a wrong name is told in one line."""
+
+import pytest
+import torch
+
+from arra.distributed import choose_device, set_threads
+from arra.errors import ArraError
+
+
+def test_cpu_by_name_and_auto_without_cuda(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("cpu") == choose_device("auto") == choose_device() == torch.device("cpu")
+
+
+def test_auto_is_the_first_cuda_device(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == torch.device("cuda", 0)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ArraError, match="this machine has 2 of this type; use cuda:0 to cuda:1"):
+        choose_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cudda", "'cudda' is unknown; expected auto, cpu"),
+        ("", "is unknown"),
+        ("cuda", "'cuda' is not available on this machine; use auto or cpu"),
+        ("meta", "not available"),
+        ("cpu:3", "does not exist, this machine has 1 of this type; use cpu:0"),
+    ],
+)
+def test_wrong_names(name: str, words: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ArraError, match=words):
+        choose_device(name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_real_cuda_device():
+    assert torch.zeros(1, device=choose_device("auto")).is_cuda
+
+
+def test_threads():
+    before = torch.get_num_threads()
+    try:
+        set_threads(None)
+        assert torch.get_num_threads() == before
+        set_threads(2)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ArraError, match="threads: expected an integer > 0, found 0"):
+            set_threads(0)
+    finally:
+        torch.set_num_threads(before)
