@@ -10,6 +10,10 @@ from typing import Annotated
 import typer
 
 from arra.errors import ArraError
+from arra.runs import WRITE_ERRORS
+from arra.train.interrupt import TrainingInterrupted
+
+INTERRUPTED = "interrupted; run the same command again to continue"
 
 app = typer.Typer(
     name="arra",
@@ -145,12 +149,12 @@ def evaluate(
     from arra.display import Display
     from arra.stages.evaluate import evaluate as evaluate_run
     from arra.stages.evaluate import results_table
-    from arra.stages.process import leave_with_parent
+    from arra.stages.process import leave_with_parent, started_by_demo
 
     leave_with_parent()
     console = _console()
     for run in runs:
-        with Display(console) as display:
+        with Display(console, seconds_between_lines=0.0 if started_by_demo() else None) as display:
             evaluation = evaluate_run(
                 run,
                 threads=threads,
@@ -210,8 +214,19 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except ArraError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command again to continue", err=True)
-        sys.exit(130)
+        _leave(f"error: {error}", 2)
+    except (KeyboardInterrupt, TrainingInterrupted):
+        _leave(INTERRUPTED, 130)
+    except SystemExit as leaving:
+        if leaving.code == 130:  # typer has caught a KeyboardInterrupt and says nothing
+            _leave(INTERRUPTED, 130)
+        raise
+    except OSError as error:
+        if error.errno not in WRITE_ERRORS:
+            raise
+        _leave(f"error: {error.filename or 'writing'}: {WRITE_ERRORS[error.errno]}", 2)
+
+
+def _leave(line: str, code: int) -> None:
+    typer.echo(line, err=True)
+    sys.exit(code)

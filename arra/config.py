@@ -25,7 +25,7 @@ from arra.sample.logits import SamplingSettings
 from arra.settings import Settings
 from arra.tokenizers import EMBEDDED
 from arra.tokenizers.vq import VQSettings
-from arra.train.settings import AlignSettings, TokenizerTrainSettings, TrainSettings
+from arra.train.settings import AlignSettings, DualTrainSettings, TokenizerTrainSettings, TrainSettings
 
 S = TypeVar("S", bound=Settings)
 Tree = dict[str, Any]
@@ -114,6 +114,8 @@ class Recipe(Settings):
     align: AlignSettings | None = None
     train: TrainSettings
     sample: SamplingSettings = SamplingSettings()
+    caption_judge: DualTrainSettings | None = DualTrainSettings()
+    """Training of the second judge, a dual encoder of captions and pictures; null does without it."""
     evaluate: EvaluateSettings = EvaluateSettings()
 
     @model_validator(mode="after")

@@ -6,37 +6,60 @@ there are cores for, one thread each: on few cores that is the fastest way, and 
 """
 
 import json
+import math
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from arra.config import Recipe, load_recipe, row_names
+from arra.config import Recipe, dump_recipe, load_recipe, recipes_folder, row_names
+from arra.data.store import Store
 from arra.display import Display
+from arra.distributed import set_threads
 from arra.errors import ArraError
-from arra.evaluate.card import Evaluation
+from arra.evaluate.card import CARD_FILE, Evaluation
 from arra.evaluate.compare import Difference, SeedDifference
-from arra.runs import Run, atomic_write
-from arra.stages.evaluate import held_out_splits
+from arra.runs import Run, atomic_write, writing
+from arra.stages.evaluate import held_out_splits, prepare_caption_judge
 from arra.stages.paint import load_run
 from arra.stages.prepare import prepare
+from arra.stages.process import PARENT, SECONDS_FOR_ORPHANS, Progress
 from arra.stages.report import compare_rows, report
-from arra.stages.train import is_finished
+from arra.stages.train import caption_lengths, is_finished
 
+DEMO_RECIPE = recipes_folder() / "demo.yaml"
+"""By its path: the name alone would find a folder `demo` in the working folder."""
 BASELINE, ALIGNED, SHUFFLED = "baseline", "aligned", "shuffled"
+METRIC_NAMES = {"caption_retrieval_at_1": "caption found", "caption_retrieval_at_10": "caption in top 10"} | {
+    "retrieval_at_1": "picture found",
+    "retrieval_at_10": "picture in top 10",
+    "kid_x1000": "kernel distance",
+    "frechet": "Frechet distance",
+}
+"""Short names of the summary's measures."""
+EVALUATE = "evaluate"
 FOLDER_TOKENIZER_STEPS = 800
 """Training of the packaged tokenizer on a user's own pictures, before codes are made."""
 SECONDS_BESIDE_TRAINING = 150
 """What `--minutes` sets aside for everything that is no training."""
 PROBE_STEPS = 20
+MAX_PREFIX_LENGTH = 128
+"""A caption that needs more text positions than this is told, not trained on: it would slow every step."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +82,11 @@ class Task:
     seed: int
     folder: Path
     overrides: tuple[str, ...]
+    label: str
 
-    @property
-    def label(self) -> str:
-        return self.row if self.folder.name == self.row else f"{self.row} {self.seed}"
+    @cached_property
+    def recipe(self) -> Recipe:
+        return load_recipe(DEMO_RECIPE, row=self.row, overrides=self.overrides)
 
 
 def run_demo(options: DemoOptions, out: Path, *, console: Console) -> Path:
@@ -72,34 +96,53 @@ def run_demo(options: DemoOptions, out: Path, *, console: Console) -> Path:
         ArraError: the folder holds a demo with other options, or a stage says what the user can mend.
         KeyboardInterrupt: after the trainings have saved.
     """
-    started = time.monotonic()
-    overrides = (*recipe_overrides(options), *options.overrides)
-    recipe = load_recipe("demo", row=ALIGNED, overrides=overrides)
-    remember_options(options, out)
-    clock = Clock(out / "timings.json")
-    with Display(console) as display:
+    if options.data is not None:
+        options = replace(options, data=str(Path(options.data).resolve()))
+        if out.resolve().is_relative_to(str(options.data)):
+            raise ArraError(f"--out {out}: lies inside --data {options.data}; choose a folder outside of it with --out")
+    recipe = load_recipe(DEMO_RECIPE, row=ALIGNED, overrides=(*recipe_overrides(options), *options.overrides))
+    refuse_other_options(options, out)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with Run(out).lock(), Display(console) as display:  # one demo at a time
+        atomic_write(out / "demo.json", json.dumps(asdict(options), indent=2) + "\n")
+        return run_stages(options, recipe, out, display)
 
-        def progress(what: str, done: int, total: int) -> None:
-            display.show("data", what, done, total)
 
-        with clock.stage("prepare"):
-            store = prepare(recipe, out / "store", progress=progress)
-        console.print(split_line(store.manifest()["records"]["splits"]), highlight=False)
-        tasks = list(plan_tasks(options, out, (*overrides, *budget(options, recipe, out, display))))
+def run_stages(options: DemoOptions, recipe: Recipe, out: Path, display: Display) -> Path:
+    """The report's path, after all stages that are not done yet."""
+    clock, console, page = Clock(out / "timings.json"), display.console, out / "report.html"
+    set_threads(1)  # on a few shared cores a second thread of one process waits more than it works
+
+    def progress(what: str, done: int, total: int) -> None:
+        display.show("data", what, done, total)
+
+    with nullcontext() if page.is_file() else clock.stage("prepare"):
+        store = prepare(recipe, out / "store", progress=progress)
+    console.print(split_line(store.manifest()["records"]["splits"]), highlight=False)
+    derived = [*recipe_overrides(options), *store_overrides(options, recipe, store)]
+    derived += budget(options, derived, out, display)
+    tasks = list(plan_tasks(options, out, (*derived, *options.overrides)))
+    if not is_current(tasks, page):
+        if not all(finished(task) for task in tasks):
+            folders = ", ".join(str(task.folder / "previews") for task in tasks)
+            console.print(f"previews on the way: {folders}", highlight=False, markup=False, soft_wrap=True)
         with clock.stage("train"):
             train_all(tasks, out / "store", display)
         with clock.stage("evaluate"):
-            display.show("judge", "held-out pictures", 0, 1)
-            held_out_splits(load_run(tasks[0].folder))
-            display.show("judge", "held-out pictures", 1, 1)
+            first = load_run(tasks[0].folder)
+            judging: Progress = lambda what, done, total: display.show("judges", what, done, total)  # noqa: E731
+            prepare_caption_judge(first, progress=judging)
+            held_out_splits(first, progress=judging)
+            judging("ready", 1, 1)
             run_processes(
-                [(task, ["evaluate", str(task.folder), "--threads", "1"]) for task in tasks], display, "evaluating"
+                [(task, [EVALUATE, str(task.folder), "--threads", "1"]) for task in tasks], display, "evaluating"
             )
         with clock.stage("report"):
             display.show("report", "writing", 0, 1)
             page = report([task.folder for task in tasks], out, title="arra demo", timings=clock.times())
             display.show("report", "written", 1, 1)
-    print_summary(tasks, page, console, seconds=time.monotonic() - started)
+    print_summary(tasks, page, console, seconds=sum(seconds for _, seconds in clock.times()))
     return page
 
 
@@ -107,10 +150,9 @@ def recipe_overrides(options: DemoOptions) -> Iterator[str]:
     """The `--set` arguments that options stand for."""
     if options.data is not None:
         yield "data.source=folder"
-        yield f"data.path={json.dumps(str(Path(options.data).resolve()))}"
-        yield "evaluate.splits=[heldout]"
+        yield f"data.path={json.dumps(options.data)}"
     if options.fresh_tokenizer:
-        network = load_recipe("tokenizer").tokenizer
+        network = load_recipe(recipes_folder() / "tokenizer.yaml").tokenizer
         assert network.network is not None
         assert network.train is not None
         yield f"tokenizer.network={network.network.model_dump_json()}"
@@ -119,95 +161,148 @@ def recipe_overrides(options: DemoOptions) -> Iterator[str]:
         yield f"tokenizer.train={{steps: {FOLDER_TOKENIZER_STEPS}, learning_rate: 3.0e-4}}"
 
 
-def remember_options(options: DemoOptions, out: Path) -> None:
-    """Nothing; the folder holds these options.
+def refuse_other_options(options: DemoOptions, out: Path) -> None:
+    """Nothing, if the folder's runs were begun with these options, or these only ask for more runs.
+
+    A folder without a run binds to nothing: an option that an error asked to change can be changed.
 
     Raises:
-        ArraError: it holds others.
+        ArraError: they were begun with others.
     """
-    path, now = out / "demo.json", json.loads(json.dumps(asdict(options)))
-    if not path.exists():
-        atomic_write(path, json.dumps(now, indent=2) + "\n")
+    path = out / "demo.json"
+    if not path.is_file() or not any([*out.glob("*/recipe.yaml"), *out.glob("seed-*/*/recipe.yaml")]):
         return
     try:
-        kept = json.loads(path.read_text())
-    except ValueError as error:
-        raise ArraError(f"{path}: not JSON ({error}); delete the folder or use another with --out") from error
+        content = json.loads(path.read_text())
+        kept = DemoOptions(**{**content, "overrides": tuple(content["overrides"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArraError(f"{path}: unreadable ({error}); delete the folder or use another with --out") from error
+    if options.shuffled and not kept.shuffled:
+        kept = replace(kept, shuffled=True)
+    if options.seeds > kept.seeds > 1:
+        kept = replace(kept, seeds=options.seeds)
+    before, now = json.loads(json.dumps(asdict(kept))), json.loads(json.dumps(asdict(options)))
     for key in now:
-        if kept.get(key) != now[key]:
-            name = key.replace("_", "-")
+        if before[key] != now[key]:
+            name = "--set" if key == "overrides" else "--" + key.replace("_", "-")
             raise ArraError(
-                f"{out}: started with --{name} {kept.get(key)!r}, now {now[key]!r}; use another folder (--out) or "
-                "delete this one"
+                f"{out}: started with {name} {shown(before[key])}, now {shown(now[key])}; use another folder (--out) "
+                "or delete this one"
             )
+
+
+def shown(value: object) -> str:
+    """An option's value in words."""
+    if isinstance(value, list):
+        return " ".join(value) or "nothing"
+    if isinstance(value, bool):
+        return "given" if value else "not given"
+    return "nothing" if value is None else str(value)
 
 
 def plan_tasks(options: DemoOptions, out: Path, overrides: Sequence[str]) -> Iterator[Task]:
     """The runs, baseline first; a folder level for training seeds only where there are several."""
     rows = [BASELINE, ALIGNED] + ([SHUFFLED] if options.shuffled else [])
-    assert set(rows) <= set(row_names("demo"))
-    for seed in range(options.seeds):
+    assert set(rows) <= set(row_names(DEMO_RECIPE))
+    recipe = load_recipe(DEMO_RECIPE, row=ALIGNED, overrides=overrides)
+    for number in range(options.seeds):
+        seed = recipe.train.seed + number
+        seeds = (f"train.seed={seed}", f"model.seed={recipe.model.seed + number}")
         for row in rows:
-            folder = out / row if options.seeds == 1 else out / f"seed-{seed}" / row
-            yield Task(row, seed, folder, (*overrides, f"train.seed={seed}", f"model.seed={seed}"))
+            # a key below `align` would bring the term back that the baseline is without
+            own = [text for text in overrides if row != BASELINE or text.partition("=")[0].split(".")[0] != "align"]
+            folder, label = (out / row, row) if options.seeds == 1 else (out / f"seed-{seed}" / row, f"{row} {seed}")
+            yield Task(row, seed, folder, (*own, *seeds), label)
 
 
-def budget(options: DemoOptions, recipe: Recipe, out: Path, display: Display) -> Iterator[str]:
-    """The number of steps that fits into `--minutes`, measured once per folder and kept in `steps.json`."""
-    if options.minutes is None:
+def store_overrides(options: DemoOptions, recipe: Recipe, store: Store) -> Iterator[str]:
+    """What a user's own pictures ask for: their own held-out splits, and room for the longest caption."""
+    if options.data is None:
+        return
+    held_out = [name for name in store.manifest()["records"]["splits"] if name not in ("train", "validation")]
+    yield f"evaluate.splits={json.dumps(held_out)}"
+    longest = max(caption_lengths(recipe, store)) + 1
+    if recipe.model.prefix_length < longest <= MAX_PREFIX_LENGTH:
+        yield f"model.prefix_length={longest}"
+
+
+def budget(options: DemoOptions, derived: Sequence[str], out: Path, display: Display) -> Iterator[str]:
+    """The number of steps that fits into `--minutes`, measured once per folder and kept in `steps.json`.
+
+    Raises:
+        ArraError: too few fit.
+    """
+    if options.minutes is None or any(text.replace(" ", "").startswith("train.steps=") for text in options.overrides):
         return
     path = out / "steps.json"
-    if not path.exists():
+    try:
+        kept = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        kept = {}
+    if kept.get("minutes") != options.minutes:
         display.show("train", "measuring the speed of this machine", 0, 1)
-        tasks = list(plan_tasks(options, out / "probe", (*options.overrides, *recipe_overrides(options))))
-        probed = [
-            Task(
-                t.row, t.seed, t.folder, (*t.overrides, f"train.steps={PROBE_STEPS}", "train.preview_every_steps=null")
-            )
-            for t in tasks[: num_parallel()]
-        ]
+        shutil.rmtree(out / "probe", ignore_errors=True)
+        short = (*derived, *options.overrides, f"train.steps={PROBE_STEPS}", "train.preview_every_steps=null")
+        tasks = list(plan_tasks(options, out / "probe", short))
+        probed = tasks[: num_parallel()]
         train_all(probed, out / "store", display)
         seconds = max(last_train_row(task)["seconds"] for task in probed) / PROBE_STEPS
+        shutil.rmtree(out / "probe", ignore_errors=True)
         rounds = -(-len(tasks) // num_parallel())
         steps = int((options.minutes * 60 - SECONDS_BESIDE_TRAINING) / (seconds * rounds))
-        if steps < 2 * recipe.train.warmup_steps:
+        if steps < 2 * tasks[0].recipe.train.warmup_steps:
             raise ArraError(
                 f"--minutes {options.minutes:g}: leaves {max(steps, 0)} steps on this machine ({seconds:.2f} s each), "
                 f"too few to learn anything; give at least "
-                f"{(SECONDS_BESIDE_TRAINING + 500 * seconds * rounds) / 60:.0f} minutes"
+                f"{math.ceil((SECONDS_BESIDE_TRAINING + 500 * seconds * rounds) / 60)} minutes"
             )
-        atomic_write(path, json.dumps({"steps": steps, "seconds_per_step": seconds}) + "\n")
-    yield f"train.steps={json.loads(path.read_text())['steps']}"
+        kept = {"minutes": options.minutes, "steps": steps, "seconds_per_step": seconds}
+        atomic_write(path, json.dumps(kept) + "\n")
+    yield f"train.steps={kept['steps']}"
 
 
-def last_train_row(task: Task) -> dict[str, float]:
+def last_train_row(task: Task) -> dict[str, Any]:
     """The newest row of a run's training metrics."""
     return [row for row in Run(task.folder).read_metrics() if row["kind"] == "train"][-1]
 
 
 def num_parallel() -> int:
-    """Processes at a time: one per core, at most as many as a demo has rows."""
-    return max(1, min(os.cpu_count() or 1, 8))
+    """Processes at a time: one per core that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(allowed or 1, 8))
+
+
+def is_current(tasks: Sequence[Task], page: Path) -> bool:
+    """Whether every run is finished and evaluated, and the page was written after that."""
+    try:
+        cards = [(task.folder / CARD_FILE).stat().st_mtime_ns for task in tasks]
+        models = [(task.folder / "model.safetensors").stat().st_mtime_ns for task in tasks]
+        written = page.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+    fresh = all(model <= card <= written for model, card in zip(models, cards, strict=True))
+    return fresh and all(finished(task) for task in tasks)
 
 
 def train_all(tasks: Sequence[Task], store: Path, display: Display) -> None:
     """Nothing; every task's run is finished."""
-    waiting = [task for task in tasks if not (task.folder / "recipe.yaml").exists() or not finished(task)]
     commands = [
         (
             task,
-            ["train", "demo", "--row", task.row, "--store", str(store), "--out", str(task.folder)]
+            ["train", str(DEMO_RECIPE), "--row", task.row, "--store", str(store), "--out", str(task.folder)]
             + [part for override in task.overrides for part in ("--set", override)],
         )
-        for task in waiting
+        for task in tasks
+        if not finished(task)
     ]
     run_processes(commands, display, "training")
 
 
 def finished(task: Task) -> bool:
     """Whether a run reached its last step under the task's recipe."""
-    recipe = load_recipe("demo", row=task.row, overrides=task.overrides)
-    return is_finished(Run(task.folder), recipe)
+    run = Run(task.folder)
+    same = run.recipe_path.is_file() and yaml.safe_load(run.recipe_yaml()) == yaml.safe_load(dump_recipe(task.recipe))
+    return same and is_finished(run, task.recipe)
 
 
 def run_processes(commands: Sequence[tuple[Task, list[str]]], display: Display, what: str) -> None:
@@ -223,64 +318,72 @@ def run_processes(commands: Sequence[tuple[Task, list[str]]], display: Display, 
             while waiting and len(running) < num_parallel():
                 task, arguments = waiting.pop(0)
                 log = task.folder.parent / f".{task.folder.name}.log"
-                log.parent.mkdir(parents=True, exist_ok=True)
                 running[start(arguments, log)] = (task, log)
             for process in list(running):
                 task, log = running[process]
-                watch(task, display, what)
-                if process.poll() is not None:
+                code = process.poll()
+                watch(task, log, display, what)
+                if code is not None:
                     del running[process]
-                    check(process.returncode, task, log, what)
+                    check(code, task, log, what)
                     log.unlink(missing_ok=True)
             time.sleep(0.3)
     except BaseException:
+        if running:
+            display.console.print(f"stopping; what is {what} saves first", highlight=False)
         stop(running)
         raise
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     """A process of this program with one thread, which leaves when this one does."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ARRA_PARENT": str(os.getpid())}
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "arra", *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", PARENT: str(os.getpid())}
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = log.open("wb")
+    with file:
+        # -P: a file called like a package in the user's folder must not be imported in its place
+        command = [sys.executable, "-P", "-m", "arra", *arguments]
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
-def watch(task: Task, display: Display, what: str) -> None:
-    """Nothing; the display shows the run's newest metrics."""
+def watch(task: Task, log: Path, display: Display, what: str) -> None:
+    """Nothing; the display shows the run's newest metrics, or what its process said last."""
     if what != "training":
-        display.show(task.label, what, 0, 1)
-        return
-    if not (task.folder / "metrics.jsonl").exists():
-        display.show(task.label, "starting", 0, 1)
+        said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(f"{EVALUATE}: ")]
+        display.show(task.label, said[-1].removeprefix(f"{EVALUATE}: ") if said else what, 0, 1)
         return
     rows = [row for row in Run(task.folder).read_metrics() if row["kind"] == "train"]
-    if rows:
-        row, steps = rows[-1], planned_steps(task)
-        note = f"loss {row['ntp_loss']:.3f}"
-        note += f" align {row['gva_loss']:.3f}" if row["gva_loss"] is not None else ""
-        display.show(task.label, what, row["step"], steps, f"{note}  {row['images_per_second']:.0f} images/s")
-
-
-def planned_steps(task: Task) -> int:
-    """Steps of a task's recipe."""
-    return load_recipe("demo", row=task.row, overrides=task.overrides).train.steps
+    if not rows:
+        display.show(task.label, "starting", 0, 1)
+        return
+    row = rows[-1]
+    note = f"loss {row['ntp_loss']:.3f}"
+    note += f" align {row['gva_loss']:.3f}" if row["gva_loss"] is not None else ""
+    note += f"  {row['images_per_second']:.0f} images/s"
+    display.show(task.label, what, row["step"], task.recipe.train.steps, note)
 
 
 def check(code: int, task: Task, log: Path, what: str) -> None:
     """Nothing, if a process ended well.
 
     Raises:
-        ArraError: it did not; its last line says why.
+        ArraError: it did not; it said why, or was killed.
+        KeyboardInterrupt: it was asked to stop.
     """
     if code == 0:
         return
     lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
-    if code == 2:
-        raise ArraError(lines[-1].removeprefix("error: "))
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if code == 2 and told:
+        raise ArraError(told[-1])
+    if code in (-signal.SIGKILL, -signal.SIGTERM):
+        raise ArraError(
+            f"{task.folder}: {what} was killed from outside ({signal.Signals(-code).name}), by lack of memory perhaps; "
+            "run the same command again to continue"
+        )
     raise RuntimeError(f"{what} {task.label} ended with code {code}; the log is {log}:\n" + "\n".join(lines[-30:]))
 
 
@@ -289,10 +392,11 @@ def stop(running: dict[subprocess.Popen[bytes], tuple[Task, Path]]) -> None:
     for process in running:
         with suppress(ProcessLookupError):
             process.terminate()
-    for process in running:
+    for process, (_, log) in running.items():
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=30)
+            process.wait(timeout=SECONDS_FOR_ORPHANS)
         process.kill()
+        log.unlink(missing_ok=True)
 
 
 class Clock:
@@ -330,27 +434,39 @@ def print_summary(tasks: Sequence[Task], page: Path, console: Console, *, second
     by_label: dict[str, dict[int, Evaluation]] = {}
     for task in tasks:
         by_label.setdefault(task.row, {})[task.seed] = Evaluation.load(task.folder)
-    settings = load_run(tasks[0].folder).recipe.evaluate
+    settings = tasks[0].recipe.evaluate
     for row in [row for row in by_label if row != BASELINE]:
         comparison = compare_rows(BASELINE, row, by_label, num_resamples=settings.num_resamples, seed=settings.seed)
-        table = Table(title=f"{row} against {BASELINE}, held-out pictures, 95 % intervals", title_justify="left")
-        for column in ("measure", "split", "guidance", BASELINE, row, "difference", "interval", "verdict"):
-            table.add_column(column, justify="left" if column in ("measure", "split", "verdict") else "right")
+        # no box and narrow gaps: it fits a terminal of 80 columns
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for column in ("", "cfg", BASELINE, row, "difference [95 % interval]", "verdict"):
+            table.add_column(column, justify="right" if column in (BASELINE, row, "cfg") else "left", no_wrap=True)
+        last = ""
         for one in comparison.judged:
+            if one.reference == "raw":  # distances to raw pictures measure the tokenizer; the report has them
+                continue
+            if one.split != last:
+                table.add_row(Text(f"{one.split} pictures", style="bold"))
+                last = one.split
             table.add_row(*summary_cells(one))
+        console.print(f"\n{row} against {BASELINE} on held-out pictures", highlight=False)
         console.print(table)
-    console.print(f"report    {page}", highlight=False)
-    console.print(f"took      {seconds / 60:.1f} minutes", highlight=False)
-    console.print(f'try next  arra generate {tasks[1].folder} --prompt "a red heart on fire"', highlight=False)
+    console.print()
+    for line in (
+        f"report    {page}",
+        f"took      {seconds / 60:.1f} minutes",
+        f'try next  arra generate {shlex.quote(str(tasks[1].folder))} --prompt "a red heart on fire"',
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def summary_cells(one: Difference | SeedDifference) -> Iterator[str]:
-    """The cells of one comparison."""
-    yield one.metric + (f" ({one.reference})" if one.reference else "")
-    yield one.split
-    yield "" if one.cfg_scale is None else "off" if one.cfg_scale == 1 else f"{one.cfg_scale:g}"
-    yield f"{one.baseline:.3f}"
-    yield f"{one.candidate:.3f}"
-    yield f"{one.difference:+.3f}"
-    yield "" if one.low is None or one.high is None else f"{one.low:+.3f} to {one.high:+.3f}"
-    yield one.verdict
+    """The cells of one comparison, the split left out."""
+    digits = 1 if one.metric in ("frechet", "kid_x1000") else 3
+    yield METRIC_NAMES.get(one.metric, one.metric.replace("_", " "))
+    yield "" if one.cfg_scale is None else f"{one.cfg_scale:g}"
+    yield f"{one.baseline:.{digits}f}"
+    yield f"{one.candidate:.{digits}f}"
+    interval = "" if one.low is None or one.high is None else f" [{one.low:+.{digits}f}, {one.high:+.{digits}f}]"
+    yield escape(f"{one.difference:+.{digits}f}{interval}")
+    yield "unclear" if one.verdict == "no clear difference" else one.verdict

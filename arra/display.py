@@ -1,5 +1,6 @@
 """What a person sees while a stage works: a live display on a terminal, a line now and then elsewhere."""
 
+import math
 import time
 from types import TracebackType
 
@@ -20,10 +21,11 @@ SECONDS_BETWEEN_LINES = 15.0
 class Display:
     """Named rows of progress; `show` may be called as often as wanted."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, seconds_between_lines: float | None = None) -> None:
         self.console = console
+        self.interval = SECONDS_BETWEEN_LINES if seconds_between_lines is None else seconds_between_lines
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("[dim]{task.fields[note]}"),
@@ -34,7 +36,8 @@ class Display:
             disable=not console.is_terminal,
         )
         self.rows: dict[str, TaskID] = {}
-        self.last_line: dict[str, float] = {}
+        self.last_time: dict[str, float] = {}
+        self.last_line: dict[str, str] = {}
 
     def __enter__(self) -> "Display":
         self.progress.start()
@@ -56,8 +59,10 @@ class Display:
 
     def _line(self, row: str, what: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
-        if done < total and now - self.last_line.get(row, -SECONDS_BETWEEN_LINES) < SECONDS_BETWEEN_LINES:
+        if done < total and now - self.last_time.get(row, -math.inf) < self.interval:
             return
-        self.last_line[row] = now
         count = f" {done}/{total}" if total > 1 else ""
-        self.console.print(f"{row}: {what}{count}{'  ' + note if note else ''}", highlight=False, markup=False)
+        line = f"{row}: {what}{count}{'  ' + note if note else ''}"
+        if line != self.last_line.get(row):
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.last_time[row], self.last_line[row] = now, line

@@ -21,6 +21,9 @@ class Alignment(nn.Module):
     whose state predicts an image code. The projector is the only part with parameters.
     """
 
+    target_mean: Tensor
+    target_axes: Tensor | None
+
     def __init__(
         self,
         *,
@@ -38,8 +41,16 @@ class Alignment(nn.Module):
         if target != "hybnext" or loss != "cosine":
             raise ValueError(f"target {target!r} with loss {loss!r}: only 'hybnext' with 'cosine' is built")
         self.layer, self.weight = layer, weight
-        self.space = space or TargetSpace(torch.zeros(feature_size))
-        self.projector = Projector(hidden_size, self.space.size, inner_size=inner_size, seed=seed)
+        space = space or TargetSpace(torch.zeros(feature_size))
+        # buffers, so that the space moves to a device with the projector; never saved
+        self.register_buffer("target_mean", space.mean, persistent=False)
+        self.register_buffer("target_axes", space.axes, persistent=False)
+        self.projector = Projector(hidden_size, space.size, inner_size=inner_size, seed=seed)
+
+    @property
+    def space(self) -> TargetSpace:
+        """The target space, on this module's device."""
+        return TargetSpace(self.target_mean, self.target_axes)
 
     def forward(
         self, hidden: Float[Tensor, "B T D"], features: Float[Tensor, "B F"], predicting: Bool[Tensor, "B T"]

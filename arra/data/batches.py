@@ -30,8 +30,8 @@ class TrainBatch:
     """Which record each row is."""
 
     @property
-    def predicting(self) -> Bool[Tensor, "B T-1"]:
-        """Positions of the fed sequence whose state predicts a code: one to the left of each code."""
+    def predicting(self) -> Bool[Tensor, "B S"]:
+        """S = T - 1 positions of the fed sequence whose state predicts a code: one to the left of each code."""
         return self.code_mask[:, 1:]
 
 

@@ -9,21 +9,25 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 100_000_000
 """Pictures with more pixels are refused before decoding: they are decompression bombs or need a smaller copy."""
+MAX_ASPECT = 100
+"""Pictures longer than this are refused: their short side brought to a crop's size, the long one fills the memory."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright 8-bit RGB; transparent parts become white, 16-bit greys are scaled to 8 bits.
 
     Raises:
-        ValueError: more than `MAX_PIXELS` pixels.
+        ValueError: more than `MAX_PIXELS` pixels, or one side more than `MAX_ASPECT` times the other.
     """
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.width}x{image.height}: one side is more than {MAX_ASPECT} times the other")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         scale = 255.0 / 65535.0 if image.mode == "I" and values.max(initial=0) > 255 else 1.0
         image = Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8))
     if image.has_transparency_data:

@@ -6,6 +6,7 @@ First stage of the pipeline; every source (embedded set, folder, ...) yields the
 import hashlib
 import io
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,9 @@ def load_image(record: Record) -> Image.Image:
     """
     where = str(record.image) if isinstance(record.image, Path) else f"record '{record.id}'"
     try:
-        with Image.open(io.BytesIO(image_bytes(record))) as image:
-            return to_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken metadata beside sound pixels, and of sizes that to_rgb judges
+            with Image.open(io.BytesIO(image_bytes(record))) as image:
+                return to_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ArraError(f"{where}: not a readable image ({error}); replace it or remove its line") from error

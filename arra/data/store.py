@@ -86,11 +86,11 @@ class Store:
         """Identity of the records and of every column."""
         try:
             content = json.loads(self.manifest_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return {"records": dict(content["records"]), "columns": dict(content["columns"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArraError(
                 f"{self.manifest_path}: unreadable ({error}); delete the store and prepare again"
             ) from error
-        return dict(content)
 
     def manifest_hash(self, *columns: str) -> str:
         """SHA-256 of the record set's identity and of the named columns'."""
@@ -101,7 +101,7 @@ class Store:
     def has(self, name: str, made_by: dict[str, Any]) -> bool:
         """Whether the column is there, made exactly so, and whole."""
         entry = self.manifest()["columns"].get(name)
-        return entry is not None and entry["made_by"] == made_by and self._file(name).is_file()
+        return entry is not None and entry["made_by"] == made_by and self._is_whole(name, entry)
 
     def require(self, name: str, made_by: dict[str, Any]) -> None:
         """Nothing.
@@ -148,15 +148,24 @@ class Store:
         if entry is None:
             raise ArraError(f"{self.path}: column '{name}' is missing; run: arra prepare RECIPE")
         path = self._file(name)
-        if not path.is_file() or file_hash(path) != entry["sha256"]:
+        if not self._is_whole(name, entry):
             raise ArraError(f"{path}: missing or damaged (its hash is not the manifest's); run: arra prepare RECIPE")
         rows = pq.read_table(path).column(name).combine_chunks()
         flat = rows.flatten().to_numpy(zero_copy_only=False)
         return np.array(flat.reshape(-1, *entry["shape"]))
 
     def table(self) -> pa.Table:
-        """id, prompt, alternatives, split and group of every record."""
-        return pq.read_table(self.path / "records.parquet")
+        """id, prompt, alternatives, split and group of every record.
+
+        Raises:
+            ArraError: the file is missing or damaged.
+        """
+        path = self.path / "records.parquet"
+        try:
+            return pq.read_table(path)
+        except (OSError, pa.ArrowException) as error:
+            reason = str(error).splitlines()[0]
+            raise ArraError(f"{path}: missing or damaged ({reason}); delete the store and prepare again") from error
 
     def rows(self, split: str) -> np.ndarray:
         """Row numbers of a split's records.
@@ -173,6 +182,9 @@ class Store:
     def prompts(self) -> list[str]:
         """Every record's prompt, in record order."""
         return list(self.table().column("prompt").to_pylist())
+
+    def _is_whole(self, name: str, entry: dict[str, Any]) -> bool:
+        return self._file(name).is_file() and file_hash(self._file(name)) == entry["sha256"]
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.parquet"

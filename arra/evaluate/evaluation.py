@@ -15,9 +15,10 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from arra.encoders import Encoder
+from arra.encoders.dual import DualEncoder, picture_embeddings
 from arra.evaluate.card import Card, Evaluation, Result, measure, values_key
 from arra.evaluate.likelihood import likelihoods
-from arra.evaluate.retrieval import retrieval_ranks
+from arra.evaluate.retrieval import caption_ranks, retrieval_ranks
 from arra.evaluate.settings import EvaluateSettings
 from arra.models import Decoder
 from arra.sample.generate import generate
@@ -40,6 +41,8 @@ class HeldOutSplit:
     """The pictures at the tokenizer's size."""
     raw_features: Float[Tensor, "N F"]
     """Of the pictures at the encoder's size."""
+    captions: Float[Tensor, "N E"] | None = None
+    """The caption judge's vectors of the prompts, where there is such a judge."""
 
 
 def evaluate_model(
@@ -51,6 +54,7 @@ def evaluate_model(
     *,
     run: str,
     protocol: Mapping[str, str | int | float | bool | None],
+    caption_judge: DualEncoder | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Evaluation, dict[str, UInt8[Tensor, "N H W 3"]]]:
     """The evaluation, and the painted pictures by `values_key('images', ...)`."""
@@ -82,9 +86,13 @@ def evaluate_model(
             values[values_key("features", split=split.name, cfg_scale=scale)] = features
             ranks = retrieval_ranks(features, split.reconstruction_features)
             values[values_key("ranks", split=split.name, cfg_scale=scale)] = ranks
+            if caption_judge is not None and split.captions is not None:
+                seen = picture_embeddings(caption_judge, result.images)
+                ranks = caption_ranks(seen, split.captions)
+                values[values_key("caption_ranks", split=split.name, cfg_scale=scale)] = ranks
     progress("intervals")
     rows = [row for split in splits for row in model_rows(values, split.name, settings)]
-    rows += [row for split in splits for row in ceiling(split, settings)]
+    rows += [row for split in splits for row in ceiling(split, settings, caption_judge)]
     return Evaluation(card=Card(run=run, protocol=protocol, results=tuple(rows)), values=values), pictures
 
 
@@ -104,12 +112,16 @@ def model_rows(values: Mapping[str, Tensor], split: str, settings: EvaluateSetti
     for scale in settings.cfg_scales:
         for k in RECALL_AT:
             yield row(f"retrieval_at_{k}", scale)
+            if values_key("caption_ranks", split=split, cfg_scale=scale) in values:
+                yield row(f"caption_retrieval_at_{k}", scale)
         for reference in ("reconstructions", "raw"):
             yield row("frechet", scale, reference)
             yield row("kid_x1000", scale, reference)
 
 
-def ceiling(split: HeldOutSplit, settings: EvaluateSettings) -> Iterator[Result]:
+def ceiling(
+    split: HeldOutSplit, settings: EvaluateSettings, caption_judge: DualEncoder | None = None
+) -> Iterator[Result]:
     """What the tokenizer alone allows: PSNR of its reconstructions, and the distances and ranks they reach."""
     mse = (split.reconstructions.double() - split.raw.double()).div(255).square().mean((1, 2, 3)).clamp(min=1e-10)
     values = {
@@ -119,8 +131,13 @@ def ceiling(split: HeldOutSplit, settings: EvaluateSettings) -> Iterator[Result]
         values_key("reference/raw", split=split.name): split.raw_features,
         values_key("groups", split=split.name): split.groups,
     }
-    measures = [("psnr_db", None), ("frechet", "raw"), ("kid_x1000", "raw")]
-    for metric, reference in [*measures, *((f"retrieval_at_{k}", None) for k in RECALL_AT)]:
+    measures: list[tuple[str, str | None]] = [("psnr_db", None), ("frechet", "raw"), ("kid_x1000", "raw")]
+    measures += [(f"retrieval_at_{k}", None) for k in RECALL_AT]
+    if caption_judge is not None and split.captions is not None:
+        ranks = caption_ranks(picture_embeddings(caption_judge, split.reconstructions), split.captions)
+        values[values_key("caption_ranks", split=split.name)] = ranks
+        measures += [(f"caption_retrieval_at_{k}", None) for k in RECALL_AT]
+    for metric, reference in measures:
         row = _measured(values, settings, metric=metric, split=split.name, cfg_scale=None, reference=reference)
         yield dataclasses.replace(row, subject="tokenizer")
 

@@ -39,6 +39,17 @@ def retrieval_ranks(queries: Float[Tensor, "N F"], gallery: Float[Tensor, "N F"]
     return nearer + (tied + 1) // 2
 
 
+def caption_ranks(pictures: Float[Tensor, "N E"], captions: Float[Tensor, "N E"]) -> Int[Tensor, "N"]:
+    """For each picture how many other captions fit it at least as well as its own, by the product of unit vectors.
+
+    A caption with the same words has the same vector and counts against the picture only if it fits strictly better.
+    """
+    scores = pictures @ captions.T
+    own = scores.diagonal()[:, None]
+    same = (captions[:, None] == captions[None]).all(2)
+    return ((scores >= own) & ~same).sum(1)
+
+
 def recall_at(ranks: Int[Tensor, "N"], k: int) -> float:
     """Share of queries whose own item is among the `k` nearest, in [0, 1]; by chance it is k / N."""
     return float((ranks < k).double().mean())

@@ -20,7 +20,7 @@ class EvaluateSettings(Settings):
     batch_size: int = Field(64, gt=0)
     grid_prompts: int = Field(8, gt=0)
     """Prompts per split in the report's grid, evenly spaced."""
-    grid_seeds: int = Field(4, gt=0)
+    grid_seeds: int = Field(3, gt=0)
     """Pictures per prompt in the report's grid, with seeds 0, 1, ..."""
     seed: int = Field(0, ge=0)
     """Picture i of a split is painted with seed `seed` + i; the resampling uses it too."""

@@ -55,13 +55,22 @@ _METRICS: dict[str, tuple[str, str]] = {
         "Retrieval, top ten",
         "Share of generated pictures whose own reference is among the ten nearest. Higher is better.",
     ),
+    "caption_retrieval_at_1": (
+        "Caption retrieval, first",
+        "Share of generated pictures of which the caption judge ranks their own caption first. Higher is better.",
+    ),
+    "caption_retrieval_at_10": (
+        "Caption retrieval, top ten",
+        "Share of generated pictures whose own caption the caption judge ranks among the first ten: a small encoder of "
+        "captions and pictures trained from nothing on the training split alone. Higher is better.",
+    ),
     "psnr_db": ("PSNR", "Likeness of a picture to itself after the tokenizer, in decibels. Higher is better."),
 }
 _SPLITS = {
     "composed": "Every word was seen in training, this combination was not.",
     "novel": "The concept itself was not seen in training.",
 }
-_HEADLINE_METRICS = ("caption_gain", "retrieval_at_10", "frechet", "kid_x1000")
+_HEADLINE_METRICS = ("caption_gain", "caption_retrieval_at_1", "retrieval_at_10", "frechet", "kid_x1000")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,41 +5,85 @@ Legend: N pictures, F judge features.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
+from arra.config import Recipe
 from arra.data.images import center_crop
 from arra.data.records import RecordSet, load_image
+from arra.data.store import Store
 from arra.distributed import set_threads
 from arra.encoders import encoder_spec, load_encoder
+from arra.encoders.dual import DualEncoder, load_dual_encoder, padded_ids, save_dual_encoder
 from arra.errors import ArraError
-from arra.evaluate.card import CARD_FILE, VALUES_FILE, Evaluation, values_key
+from arra.evaluate.card import Evaluation, ProtocolValue, values_key
 from arra.evaluate.evaluation import HeldOutSplit, encode_all, evaluate_model
 from arra.runs import atomic_write, file_hash
 from arra.sample.generate import generate
+from arra.stages.origin import noted
 from arra.stages.paint import LoadedRun, load_run
 from arra.stages.prepare import codes_made_by, load_records
 from arra.stages.process import Progress, silent
+from arra.train.dual import train_dual_encoder
 
 PICTURES_FILE = "samples/evaluation.safetensors"
 
 
-def held_out_splits(loaded: LoadedRun, *, progress: Progress = silent) -> list[HeldOutSplit]:
-    """The splits that the recipe evaluates on; what the judge says of them is kept in the store.
+def prepare_caption_judge(loaded: LoadedRun, *, progress: Progress = silent) -> tuple[DualEncoder, str] | None:
+    """The second judge and its weights' hash, trained into the store if it is not there; None if the recipe has none.
+
+    It reads captions with the run's text tokenizer, which is the same for all runs of a store.
+    """
+    settings, store, text = loaded.recipe.caption_judge, loaded.store, loaded.model.text_tokenizer
+    if settings is None or store is None or text is None:
+        return None
+    about = {
+        "train": settings.model_dump(mode="json"),
+        "store": store.manifest_hash("codes", "pixels"),
+        "text_vocab_size": loaded.recipe.model.text_vocab_size,
+    }
+    folder = store.path / "caption_judge"
+    found = load_dual_encoder(folder, about=about)
+    if found is not None:
+        return found
+    rows = store.rows("train")
+    table = store.table()
+    prompts, alternatives = table.column("prompt").to_pylist(), table.column("alternatives").to_pylist()
+    reconstructions = loaded.tokenizer.decode(torch.from_numpy(store.column("codes")[rows]).long())
+    encoder = train_dual_encoder(
+        torch.from_numpy(store.column("pixels")[rows]),
+        reconstructions,
+        [[text.encode(each) for each in (prompts[row], *alternatives[row])] for row in rows],
+        settings,
+        text_vocab_size=loaded.recipe.model.text_vocab_size,
+        progress=lambda step: progress("training the caption judge", step, settings.steps),
+    )
+    save_dual_encoder(encoder, folder, about=about)
+    return load_dual_encoder(folder)
+
+
+def held_out_splits(
+    loaded: LoadedRun, caption_judge: DualEncoder | None = None, *, progress: Progress = silent
+) -> list[HeldOutSplit]:
+    """The splits that the recipe evaluates on; what the first judge says of them is kept in the store.
 
     Raises:
         ArraError: the store is gone or does not fit the run.
     """
     recipe, store = loaded.recipe, loaded.store
     if store is None:
+        place = noted(loaded.run.path).get("at_first", "STORE")
         raise ArraError(
-            f"{loaded.run.path}: its store {loaded.run.manifest()['store']} is gone; make it again with arra prepare"
+            f"{loaded.run.path}: the store it was trained on is gone or has changed, it was {place}; make it again: "
+            f"arra prepare {loaded.run.recipe_path} --store {place}"
         )
     store.require("codes", codes_made_by(recipe, loaded.tokenizer))
     codes, pixels = torch.from_numpy(store.column("codes")).long(), torch.from_numpy(store.column("pixels"))
@@ -58,15 +102,19 @@ def held_out_splits(loaded: LoadedRun, *, progress: Progress = silent) -> list[H
         identity = [store.manifest_hash("codes", "pixels"), judge.weights_sha256, str(judge.image_size), name]
         identity += [str(recipe.data.encoder_image_size), str(len(rows))]
         cache = store.path / "judged" / f"{_short_hash(identity)}.safetensors"
-        if not cache.is_file():
+        features = _kept_features(cache)
+        if features is None:
             progress(f"judging held-out pictures ({name})", 0, 1)
-            records = records or load_records(recipe)
+            records = records or _same_records(recipe, store)
             large = recipe.data.encoder_image_size
             raw = torch.from_numpy(np.stack([center_crop(load_image(records.records[row]), large) for row in rows]))
             encoder = load_encoder(recipe.encoder.judge)
             features = {"raw": encode_all(encoder, raw), "reconstructions": encode_all(encoder, reconstructions)}
             atomic_write(cache, safetensors.torch.save(features))
-        features = safetensors.torch.load_file(cache)
+        captions = None
+        if caption_judge is not None and loaded.model.text_tokenizer is not None:
+            ids = [loaded.model.text_tokenizer.encode(prompts[row]) for row in rows]
+            captions = caption_judge.embed_captions(padded_ids(ids))
         splits.append(
             HeldOutSplit(
                 name=name,
@@ -77,9 +125,33 @@ def held_out_splits(loaded: LoadedRun, *, progress: Progress = silent) -> list[H
                 reconstruction_features=features["reconstructions"],
                 raw=pixels[index],
                 raw_features=features["raw"],
+                captions=captions,
             )
         )
     return splits
+
+
+def _kept_features(cache: Path) -> dict[str, Tensor] | None:
+    """What the judge said before, unless it is not there or damaged."""
+    try:
+        return safetensors.torch.load_file(cache)
+    except (FileNotFoundError, safetensors.SafetensorError):
+        return None
+
+
+def _same_records(recipe: Recipe, store: Store) -> RecordSet:
+    """The recipe's records, whose pictures stand in the store's order.
+
+    Raises:
+        ArraError: they are not the ones that the store was made from.
+    """
+    records, kept = load_records(recipe), store.manifest()["records"]
+    if records.content_hash() != kept["sha256"]:
+        raise ArraError(
+            f"{store.path}: made from other pictures than {recipe.data.path or kept['name']} holds now; restore them, "
+            "or prepare and train again in other folders"
+        )
+    return records
 
 
 def _short_hash(parts: Sequence[str]) -> str:
@@ -90,12 +162,13 @@ def evaluate(folder: Path, *, threads: int | None = None, progress: Progress = s
     """The evaluation of a finished run, written beside it with the painted pictures; read back if it is current."""
     set_threads(threads)
     loaded = load_run(folder)
-    protocol = protocol_of(loaded)
-    if all((folder / name).is_file() for name in (CARD_FILE, VALUES_FILE, PICTURES_FILE)):
-        done = Evaluation.load(folder)
-        if dict(done.card.protocol) == protocol:
-            return done
-    splits = held_out_splits(loaded, progress=progress)
+    second = prepare_caption_judge(loaded, progress=progress)
+    protocol = protocol_of(loaded, second)
+    done = _kept_evaluation(folder)
+    if done is not None and _without_place(done.card.protocol) == _without_place(protocol):
+        return done
+    caption_judge = None if second is None else second[0]
+    splits = held_out_splits(loaded, caption_judge, progress=progress)
     evaluation, pictures = evaluate_model(
         loaded.model,
         loaded.tokenizer,
@@ -104,6 +177,7 @@ def evaluate(folder: Path, *, threads: int | None = None, progress: Progress = s
         loaded.recipe.evaluate,
         run=str(folder),
         protocol=protocol,
+        caption_judge=caption_judge,
         progress=lambda text: progress(text, 0, 1),
     )
     for split in splits:
@@ -115,7 +189,24 @@ def evaluate(folder: Path, *, threads: int | None = None, progress: Progress = s
     return evaluation
 
 
-def protocol_of(loaded: LoadedRun) -> dict[str, str | int | float | bool | None]:
+def _kept_evaluation(folder: Path) -> Evaluation | None:
+    """The evaluation before this one, unless a part of it is missing or damaged."""
+    if not (folder / PICTURES_FILE).is_file():
+        return None
+    try:
+        return Evaluation.load(folder)
+    except ArraError:  # it says "evaluate again", which is what happens now
+        return None
+
+
+def _without_place(protocol: Mapping[str, ProtocolValue]) -> dict[str, ProtocolValue]:
+    """A protocol without the name of the run folder, which may be moved."""
+    return {key: value for key, value in protocol.items() if key != "model"}
+
+
+def protocol_of(
+    loaded: LoadedRun, caption_judge: tuple[DualEncoder, str] | None
+) -> dict[str, str | int | float | bool | None]:
     """What a card says of how it was measured; keys that begin with `model` name the model itself."""
     recipe, settings, store = loaded.recipe, loaded.recipe.evaluate, loaded.store
     judge, teacher = encoder_spec(recipe.encoder.judge), encoder_spec(recipe.encoder.teacher)
@@ -129,6 +220,7 @@ def protocol_of(loaded: LoadedRun) -> dict[str, str | int | float | bool | None]
         "judge_sha256": judge.weights_sha256,
         "judge_is_of_the_teachers_family": judge.family == teacher.family,
         "judge_input": f"{judge.image_size} px, bicubic, antialiased",
+        "caption_judge_sha256": None if caption_judge is None else caption_judge[1],
         "teacher": teacher.name,
         "tokenizer": loaded.tokenizer.name,
         "tokenizer_sha256": loaded.tokenizer.weights_hash,
@@ -172,13 +264,19 @@ def paint_grid(loaded: LoadedRun, split: HeldOutSplit) -> dict[str, Tensor]:
 
 
 def results_table(evaluation: Evaluation) -> Table:
-    """A card as a table for the terminal."""
-    table = Table(title=evaluation.card.run, title_justify="left")
-    for column in ("measure", "split", "guidance", "value", "95 % interval", "pictures", "of"):
-        table.add_column(column)
+    """A card as a table for the terminal, 80 columns wide."""
+    table = Table(title=escape(evaluation.card.run), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("", "cfg", "value", "95 % interval"):
+        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+    last = ""
     for row in evaluation.card.results:
+        heading = f"{row.split}, {row.num_images} pictures" + (
+            ", the tokenizer alone" if row.subject != "model" else ""
+        )
+        if heading != last:
+            table.add_row(Text(heading, style="bold"))
+            last = heading
         interval = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
-        guidance = "" if row.cfg_scale is None else "off" if row.cfg_scale == 1 else f"{row.cfg_scale:g}"
-        name = row.metric + (f" ({row.reference})" if row.reference else "")
-        table.add_row(name, row.split, guidance, f"{row.value:.3f}", interval, str(row.num_images), row.subject)
+        name = row.metric + (f", {row.reference}" if row.reference else "")
+        table.add_row(name, "" if row.cfg_scale is None else f"{row.cfg_scale:g}", f"{row.value:.3f}", interval)
     return table

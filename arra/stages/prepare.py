@@ -18,9 +18,12 @@ from arra.data.openmoji import load_openmoji
 from arra.data.records import RecordSet, load_image
 from arra.data.store import Store
 from arra.encoders import encoder_spec, load_encoder
+from arra.errors import ArraError
 from arra.evaluate.evaluation import encode_all
+from arra.runs import atomic_write
 from arra.stages.process import Progress, silent
-from arra.tokenizers import ImageTokenizer, load_tokenizer
+from arra.tokenizers import EMBEDDED, ImageTokenizer, load_tokenizer
+from arra.tokenizers.image import CARD_FILE
 from arra.tokenizers.vq import VQModel
 from arra.train.tokenizer import TokenizerStep, TokenizerTrainer, train_tokenizer
 
@@ -116,29 +119,51 @@ def _pixels_and_features(
 def prepare_tokenizer(
     recipe: Recipe, store: Store, records: RecordSet, *, progress: Progress = silent
 ) -> ImageTokenizer:
-    """The recipe's tokenizer, trained into `store/tokenizer` first if the recipe says so and it is not there yet."""
+    """The recipe's tokenizer, trained into `store/tokenizer` first if the recipe says so and it is not there yet.
+
+    Raises:
+        TrainingInterrupted: a signal asked to stop; the tokenizer's state is saved.
+    """
     section = recipe.tokenizer
     if section.train is None:
         return load_tokenizer(section.name)
     folder = store.path / "tokenizer"
+    start = load_tokenizer(section.name) if section.network is None else None
     made_from = {
-        "start": section.name if section.network is None else "fresh",
+        "start": "fresh" if start is None else start.name,
+        "start_sha256": None if start is None else start.weights_hash,
+        "network": None if section.network is None else section.network.model_dump(mode="json"),
         "train": section.train.model_dump(mode="json"),
+        "image_size": recipe.data.image_size,
         "records": store.manifest()["records"]["sha256"],
     }
-    if (folder / "tokenizer.json").is_file():
+    made_from = json.loads(json.dumps(made_from))
+    if (folder / CARD_FILE).is_file():
         tokenizer = load_tokenizer(folder)
-        if tokenizer.about.get("made_from") == json.loads(json.dumps(made_from)):
+        if tokenizer.about.get("made_from") == made_from:
             return tokenizer
-    if section.network is None:
-        model = load_tokenizer(section.name).model.train()
+    _forget_other_training(folder, made_from)
+    if start is not None:
+        model = start.model.train()
     else:
+        assert section.network is not None
         torch.manual_seed(section.train.seed)
         model = VQModel(section.network)
     trained, psnr = _train_tokenizer(recipe, records, model, folder, progress)
     about = {"made_from": made_from, "validation_psnr_db": psnr, "data": records.name, "credit": records.attribution}
-    ImageTokenizer(trained, name=f"{records.name}-vq", weights_hash=None, about=about).save(folder, half=True)
+    ImageTokenizer(
+        trained, name=f"{records.name}-vq{trained.settings.downsampling}", weights_hash=None, about=about
+    ).save(folder, half=True)
     return load_tokenizer(folder)
+
+
+def _forget_other_training(folder: Path, made_from: dict[str, Any]) -> None:
+    """Nothing; the folder's checkpoints, if any, are of this training: others must not be resumed from."""
+    begun = folder / "training.json"
+    if not begun.is_file() or begun.read_text() != json.dumps(made_from):
+        for old in (folder / CARD_FILE, *folder.glob("checkpoints/step-*")):
+            old.unlink(missing_ok=True)
+        atomic_write(begun, json.dumps(made_from))
 
 
 def _train_tokenizer(
@@ -155,6 +180,7 @@ def _train_tokenizer(
     def report(trainer: TokenizerTrainer, step: TokenizerStep) -> None:
         progress(f"training the tokenizer, {step.psnr_db:.1f} dB", step.step, settings.steps)
 
+    torch.set_flush_denormal(True)  # optimiser states of dead codes decay into denormals, which are slow
     train = pictures("train", size).permute(0, 3, 1, 2).contiguous()
     trainer = train_tokenizer(model, train, settings, folder=folder / "checkpoints", report=report)
     trained = VQModel(model.settings)
@@ -166,5 +192,20 @@ def _train_tokenizer(
 
 
 def recipe_tokenizer(recipe: Recipe, store: Store) -> ImageTokenizer:
-    """The tokenizer a recipe uses: its named one, or the one trained into the store."""
-    return load_tokenizer(recipe.tokenizer.name if recipe.tokenizer.train is None else store.path / "tokenizer")
+    """The tokenizer a recipe uses: its named one, or the one trained into the store.
+
+    Raises:
+        ArraError: there is none in the store.
+    """
+    folder = tokenizer_folder(recipe, store)
+    if recipe.tokenizer.train is not None and not (store.path / "tokenizer" / CARD_FILE).is_file():
+        raise ArraError(f"{store.path}: its tokenizer is not trained yet; run: arra prepare RECIPE")
+    return load_tokenizer(folder or recipe.tokenizer.name)
+
+
+def tokenizer_folder(recipe: Recipe, store: Store) -> Path | None:
+    """The folder of a tokenizer that does not come with the package."""
+    if recipe.tokenizer.train is not None:
+        return store.path / "tokenizer"
+    named = Path(recipe.tokenizer.name)
+    return named if named.is_dir() and recipe.tokenizer.name != EMBEDDED else None

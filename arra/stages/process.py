@@ -4,7 +4,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from arra.errors import ArraError
+from arra.runs import Run
+
+PARENT = "ARRA_PARENT"
+"""Environment variable that names the process a stage was started by."""
+SECONDS_FOR_ORPHANS = 30.0
+"""How long the trainings of a killed demo may take to notice, finish their step and save."""
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total)"""
@@ -14,9 +23,14 @@ def silent(what: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
+def started_by_demo() -> bool:
+    """Whether this process is a stage of a demo, which reads what it prints."""
+    return PARENT in os.environ
+
+
 def leave_with_parent() -> None:
     """Nothing; if the process that started this one dies, this one is asked to save and leave."""
-    parent = os.environ.get("ARRA_PARENT")
+    parent = os.environ.get(PARENT)
     if parent is None:
         return
 
@@ -26,3 +40,26 @@ def leave_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """A block in which no other process trains in the run.
+
+    A training that a demo started waits first: the demo before it may have been killed, and its trainings are saving.
+
+    Raises:
+        ArraError: another process holds the run, or the folder cannot be written.
+    """
+    deadline = time.monotonic() + (SECONDS_FOR_ORPHANS if started_by_demo() else 0.0)
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(run.lock())
+                break
+            except ArraError as error:
+                cannot_be_written = error.__cause__ is not None
+                if cannot_be_written or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.2)
+        yield

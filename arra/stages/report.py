@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from arra.report.grids import GridColumn, png_bytes, readme_grid
 from arra.report.page import NOTE_SAME_FAMILY, Comparison, HeldOut, RunView, Samples, build_report
 from arra.runs import atomic_write
 from arra.stages.evaluate import PICTURES_FILE
+from arra.stages.origin import noted
 from arra.stages.paint import LoadedRun, load_run
 
 
@@ -29,7 +31,7 @@ def report(folders: Sequence[Path], out: Path, *, title: str, timings: Sequence[
     loaded = [load_run(folder) for folder in folders]
     evaluations = {folder: Evaluation.load(folder) for folder in folders}
     labels = [one.recipe.row or folder.name for one, folder in zip(loaded, folders, strict=True)]
-    pictures = [load_file(folder / PICTURES_FILE) for folder in folders]
+    pictures = [painted_pictures(folder) for folder in folders]
     split_names = loaded[0].recipe.evaluate.splits
     held_out = [grid_references(pictures[0], split) for split in split_names]
     views = [
@@ -53,7 +55,7 @@ def report(folders: Sequence[Path], out: Path, *, title: str, timings: Sequence[
         compare_rows(baseline, other, by_label, num_resamples=settings.num_resamples, seed=settings.seed)
         for other in others
     ]
-    store, spec = loaded[0].store, encoder_spec
+    spec = encoder_spec
     same_family = spec(loaded[0].recipe.encoder.judge).family == spec(loaded[0].recipe.encoder.teacher).family
     page = build_report(
         out,
@@ -62,7 +64,7 @@ def report(folders: Sequence[Path], out: Path, *, title: str, timings: Sequence[
         comparisons=comparisons,
         held_out=held_out,
         timings=timings,
-        attribution=None if store is None else store.manifest()["records"]["attribution"] or None,
+        attribution=noted(folders[0]).get("attribution") or None,
         notes=[NOTE_SAME_FAMILY] if same_family else [],
     )
     first = [view for view in views if view.seed == views[0].seed]
@@ -71,6 +73,19 @@ def report(folders: Sequence[Path], out: Path, *, title: str, timings: Sequence[
     columns += [GridColumn(label=label, images=images) for label, images in shown]
     atomic_write(out / "grid.png", png_bytes(readme_grid(columns, captions=held_out[0].prompts)))
     return page
+
+
+def painted_pictures(folder: Path) -> dict[str, Tensor]:
+    """What `arra evaluate` painted.
+
+    Raises:
+        ArraError: the file is missing or damaged.
+    """
+    path = folder / PICTURES_FILE
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ArraError(f"{path}: missing or damaged; run: arra evaluate {folder}") from error
 
 
 def compare_rows(

@@ -21,8 +21,11 @@ from arra.models import Decoder, DecoderSettings, save_model
 from arra.report.grids import png_bytes, strip
 from arra.runs import Run, atomic_write
 from arra.sample.generate import generate
-from arra.stages.prepare import codes_made_by, recipe_tokenizer, teacher_made_by
+from arra.stages.origin import columns_of, note_store
+from arra.stages.prepare import codes_made_by, recipe_tokenizer, teacher_made_by, tokenizer_folder
+from arra.stages.process import locked
 from arra.tokenizers import ImageTokenizer, load_tokenizer
+from arra.tokenizers.image import CARD_FILE, WEIGHTS_FILE
 from arra.tokenizers.text import TextTokenizer, train_text_tokenizer
 from arra.train.alignment import build_alignment
 from arra.train.loop import Trainer
@@ -42,21 +45,17 @@ class TrainingData:
     features: Tensor | None
 
 
-def training_data(recipe: Recipe, store: Store) -> TrainingData:
+def training_data(recipe: Recipe, store: Store, tokenizer: ImageTokenizer) -> TrainingData:
     """Batches of the training split and the validation batches.
 
     Raises:
-        ArraError: the store's columns were not made as the recipe says.
+        ArraError: a column is missing or damaged, or a caption does not fit the prefix.
     """
-    tokenizer = recipe_tokenizer(recipe, store)
-    store.require("codes", codes_made_by(recipe, tokenizer))
     codes = torch.from_numpy(store.column("codes")).long().flatten(1)
     table = store.table()
     prompts, alternatives = table.column("prompt").to_pylist(), table.column("alternatives").to_pylist()
     train, validation = store.rows("train"), store.rows("validation")
-    text = train_text_tokenizer(
-        [text for row in train for text in (prompts[row], *alternatives[row])], vocab_size=recipe.model.text_vocab_size
-    )
+    text = store_text_tokenizer(recipe, store)
     length = recipe.model.prefix_length
     captions = [[text.encode(each) for each in (prompts[row], *alternatives[row])] for row in train]
     for row, (own, *others) in zip(train, captions, strict=True):
@@ -67,9 +66,7 @@ def training_data(recipe: Recipe, store: Store) -> TrainingData:
             )
     features = None
     if recipe.align is not None:
-        column = f"features.{recipe.encoder.teacher}"
-        store.require(column, teacher_made_by(recipe))
-        features = torch.from_numpy(store.column(column))[torch.from_numpy(train)]
+        features = torch.from_numpy(store.column(f"features.{recipe.encoder.teacher}"))[torch.from_numpy(train)]
         if recipe.align.shuffle_targets:
             order = torch.randperm(len(features), generator=torch.Generator().manual_seed(recipe.train.seed + 1))
             features = features[order]
@@ -88,6 +85,21 @@ def training_data(recipe: Recipe, store: Store) -> TrainingData:
         for part in np.array_split(validation, max(1, len(validation) // 64))
     ]
     return TrainingData(store, tokenizer, text, batches, held_out, features)
+
+
+def caption_lengths(recipe: Recipe, store: Store) -> list[int]:
+    """The number of text ids of every record's caption, by the text tokenizer that training would make."""
+    text = store_text_tokenizer(recipe, store)
+    return [len(text.encode(prompt)) for prompt in store.prompts()]
+
+
+def store_text_tokenizer(recipe: Recipe, store: Store) -> TextTokenizer:
+    """The text tokenizer of a store: trained on all names of the training pictures."""
+    table, train = store.table(), store.rows("train")
+    prompts, alternatives = table.column("prompt").to_pylist(), table.column("alternatives").to_pylist()
+    return train_text_tokenizer(
+        [text for row in train for text in (prompts[row], *alternatives[row])], vocab_size=recipe.model.text_vocab_size
+    )
 
 
 def build_model(recipe: Recipe, text: TextTokenizer, tokenizer: ImageTokenizer) -> Decoder:
@@ -127,24 +139,31 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
     """
     set_threads(recipe.train.threads)
     torch.set_flush_denormal(True)  # optimiser states of rare words decay into denormals, which are slow
-    data = training_data(recipe, store)
-    columns = ["codes"] + ([f"features.{recipe.encoder.teacher}"] if recipe.align is not None else [])
+    tokenizer = recipe_tokenizer(recipe, store)
+    require_columns(recipe, store, tokenizer)
     manifest = {
-        "store": str(store.path),
-        "store_sha256": store.manifest_hash(*columns),
-        "tokenizer": data.tokenizer.name,
-        "tokenizer_sha256": data.tokenizer.weights_hash,
+        "store_sha256": store.manifest_hash(*columns_of(recipe)),
+        "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.weights_hash,
         "seed": recipe.train.seed,
         "threads": torch.get_num_threads(),
     }
+    begun = (folder / "recipe.yaml").is_file()
+    if begun and is_finished(run := Run.create(folder, dump_recipe(recipe), manifest), recipe):
+        note_store(folder, store)
+        return run
+    data = training_data(recipe, store, tokenizer)  # first: a recipe that does not fit its data leaves no run behind
     run = Run.create(folder, dump_recipe(recipe), manifest)
-    with run.lock():
-        if (folder / "model.json").is_file() and run.read_metrics()[-1:] and is_finished(run, recipe):
+    with locked(run):
+        if is_finished(run, recipe):
             return run
-        if recipe.tokenizer.train is not None and not (folder / "tokenizer").exists():
-            data.tokenizer.save(folder / "tokenizer")
+        note_store(folder, store)
+        own = tokenizer_folder(recipe, store)
+        if own is not None:
+            for name in (WEIGHTS_FILE, CARD_FILE):  # the card last: a folder with a card is a tokenizer
+                atomic_write(folder / "tokenizer" / name, (own / name).read_bytes())
         device = choose_device(recipe.train.device)
-        model = build_model(recipe, data.text, data.tokenizer).to(device)
+        model = build_model(recipe, data.text, tokenizer).to(device)
         alignment = None
         if recipe.align is not None and data.features is not None:
             width = recipe.model.hidden_size
@@ -165,9 +184,20 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
     return run
 
 
+def require_columns(recipe: Recipe, store: Store, tokenizer: ImageTokenizer) -> None:
+    """Nothing.
+
+    Raises:
+        ArraError: the store's columns are missing or were not made as the recipe says.
+    """
+    store.require("codes", codes_made_by(recipe, tokenizer))
+    if recipe.align is not None:
+        store.require(f"features.{recipe.encoder.teacher}", teacher_made_by(recipe))
+
+
 def is_finished(run: Run, recipe: Recipe) -> bool:
     """Whether the run's last step is done and its model saved."""
-    saved = (run.path / "model.json").is_file()
+    saved = all((run.path / name).is_file() for name in ("model.safetensors", "model.json"))
     return saved and any(row["step"] == recipe.train.steps for row in run.read_metrics()[-3:])
 
 

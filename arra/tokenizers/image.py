@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -81,7 +82,12 @@ class ImageTokenizer:
         """Nothing; the folder holds the weights (safetensors, float16 if `half`) and the card."""
         state = {k: (v.half() if half else v).contiguous() for k, v in self.model.state_dict().items()}
         with atomic_file(folder / WEIGHTS_FILE) as path:
-            safetensors.torch.save_file(state, path)
+            try:
+                safetensors.torch.save_file(state, path)
+            except safetensors.SafetensorError as error:  # how the library tells a full disk
+                raise ArraError(
+                    f"{folder / WEIGHTS_FILE}: cannot be written ({error}); free space and try again"
+                ) from error
         card = {"kind": "vq", "name": self.name, "settings": self.model.settings.model_dump(mode="json")}
         card |= {"sha256": file_hash(folder / WEIGHTS_FILE), "about": self.about}
         atomic_write(folder / CARD_FILE, json.dumps(card, indent=2) + "\n")
@@ -103,7 +109,11 @@ def load_tokenizer(
     Raises:
         ArraError: an unknown name, weights that are missing, damaged or do not fit.
     """
-    folder = Path(str(resources.files("arra.tokenizers") / EMBEDDED)) if name == EMBEDDED else Path(name)
+    if name == EMBEDDED:
+        tokenizer = _load_folder(Path(str(resources.files("arra.tokenizers") / EMBEDDED)))
+        tokenizer.name = EMBEDDED
+        return tokenizer
+    folder = Path(name)
     if folder.is_dir():
         return _load_folder(folder)
     if name not in (*PUBLISHED, "llamagen"):
@@ -121,20 +131,21 @@ def load_tokenizer(
 def _load_folder(folder: Path) -> ImageTokenizer:
     try:
         card = json.loads((folder / CARD_FILE).read_text())
-    except (OSError, ValueError) as error:
+        name, fields, expected = card["name"], dict(card["settings"]), card["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArraError(
             f"{folder / CARD_FILE}: not a readable tokenizer card ({error}); make the tokenizer again"
         ) from error
     weights = folder / WEIGHTS_FILE
     state = read_vq_checkpoint(weights)
     found = file_hash(weights)
-    if found != card.get("sha256"):
+    if found != expected:
         raise ArraError(
             f"{weights}: SHA-256 {found[:12]}... is not the card's; the file is damaged, make or fetch it again"
         )
-    model = VQModel(_settings(str(folder), card["settings"]))
+    model = VQModel(_settings(str(folder / CARD_FILE), fields))
     load_vq_weights(model, {k: v.float() for k, v in state.items()}, source=str(weights))
-    return ImageTokenizer(model, name=card["name"], weights_hash=found, about=card.get("about"))
+    return ImageTokenizer(model, name=name, weights_hash=found, about=card.get("about"))
 
 
 def _settings(source: str, fields: dict[str, Any]) -> VQSettings:

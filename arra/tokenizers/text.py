@@ -30,7 +30,9 @@ class TextTokenizer:
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of a prompt; may be empty."""
-        return list(self.tokenizer.encode(prompt, add_special_tokens=False).ids)
+        # a prompt typed in another encoding than the terminal's arrives with lone surrogates, which are no text
+        text = prompt.encode("utf-8", "replace").decode("utf-8")
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The normalised text of ids."""
@@ -48,8 +50,9 @@ def train_text_tokenizer(prompts: Iterable[str], *, vocab_size: int = 4096) -> T
         [
             normalizers.NFKC(),
             normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"[^\p{L}\p{N}\-']+"), " "),
-            normalizers.Replace(Regex(r"\b(a|an|the)\b(?![-'])"), " "),
+            normalizers.Replace(Regex(r"[\x{FE00}-\x{FE0F}\x{20E3}]"), " "),  # marks that choose an emoji's looks
+            normalizers.Replace(Regex(r"[^\p{L}\p{M}\p{N}\-']+"), " "),  # \p{M}: vowel signs of Hindi, Thai, ...
+            normalizers.Replace(Regex(r"(?<![-'])\b(a|an|the)\b(?![-'])"), " "),
             normalizers.Replace(Regex(r"\s+"), " "),
             normalizers.Strip(),
         ]
@@ -91,6 +94,8 @@ def tokenizer_from_json(text: str, *, source: str) -> Tokenizer:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:
         raise ArraError(f"{source}: not a tokenizer ({error}); save the model again") from error
+    if tokenizer.get_added_tokens_decoder():
+        raise ArraError(f"{source}: has added tokens, which a prompt could name; made by another program")
     if [tokenizer.id_to_token(i) for i in (PAD, BOI)] != list(SPECIAL):
         raise ArraError(f"{source}: ids {PAD} and {BOI} are not {SPECIAL[0]} and {SPECIAL[1]}; made by another program")
     return tokenizer

@@ -4,6 +4,7 @@ Source: FoundationVision/LlamaGen, tokenizer/tokenizer_image (key names, file la
 """
 
 from collections.abc import Mapping
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +35,10 @@ def infer_vq_settings(state: Mapping[str, Tensor], *, source: str, known: Mappin
     if missing := [key for key in needed if key not in state]:
         raise ArraError(f"{source}: no VQ tokenizer inside, {', '.join(missing)} missing; pass a LlamaGen VQ file")
     channels = state["encoder.conv_in.weight"].shape[0]
-    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.conv_blocks."))
-    widths = [state[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0] for i in range(levels)]
+    first = "encoder.conv_blocks.{}.res.0.conv1.weight"
+    widths = [state[first.format(i)].shape[0] for i in takewhile(lambda i: first.format(i) in state, count())]
+    if not widths:
+        raise ArraError(f"{source}: a VQ tokenizer of another kind (no encoder.conv_blocks); pass a LlamaGen VQ file")
     blocks = sum(k.startswith("encoder.conv_blocks.0.res.") and k.endswith(".conv1.weight") for k in state)
     num_codes, code_dim = state["quantize.embedding.weight"].shape
     told = {

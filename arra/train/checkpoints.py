@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from arra.errors import ArraError
 from arra.runs import atomic_file, atomic_write, file_hash
 
 
@@ -31,7 +32,10 @@ def save_checkpoint(folder: Path, *, step: int, seconds: float, tensors: dict[st
     """Nothing; the checkpoint is in the folder, and older ones beyond `keep` are gone."""
     weights = folder / f"step-{step:07d}.safetensors"
     with atomic_file(weights) as path:
-        safetensors.torch.save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
+        try:
+            safetensors.torch.save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
+        except safetensors.SafetensorError as error:  # how the library tells a full disk
+            raise ArraError(f"{weights}: cannot be written ({error}); free space and run again to continue") from error
     card = {"step": step, "seconds": seconds, "sha256": file_hash(weights)}
     atomic_write(weights.with_suffix(".json"), json.dumps(card) + "\n")
     for old in sorted(folder.glob("step-*.json"))[:-keep]:
@@ -48,7 +52,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
             if file_hash(weights) == card["sha256"]:
                 return Checkpoint(card["step"], card["seconds"], safetensors.torch.load_file(weights))
             problem = "its hash is not the one it was saved with"
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             problem = str(error)
         warnings.warn(f"{weights}: damaged ({problem}); using the checkpoint before it", stacklevel=2)
     return None
@@ -66,9 +70,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]
 ) -> None:
-    """Nothing; the optimiser holds the saved state."""
+    """Nothing; the optimiser holds the saved state of its own parameters."""
+    own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for parameter, name in names.items():
+        if parameter not in own:
+            continue
         prefix = f"optimizer.{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if state:
-            optimizer.state[parameter] = {key: value.clone() for key, value in state.items()}
+            # scalars (AdamW's step count) stay on the CPU, where a fresh optimiser holds them too
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device if value.dim() else "cpu", copy=True) for key, value in state.items()
+            }

@@ -22,6 +22,7 @@ from arra.runs import Run
 from arra.train.checkpoints import newest_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from arra.train.interrupt import TrainingInterrupted, interruptible
 from arra.train.objective import Losses, compute_losses, next_token_losses
+from arra.train.optimizer import learning_rate, make_optimizers
 from arra.train.settings import TrainSettings
 
 
@@ -45,7 +46,7 @@ class Trainer:
         self.projector = dict(self.alignment.named_parameters()) if self.alignment is not None else {}
         self.names: dict[nn.Parameter, str] = {p: f"model.{n}" for n, p in self.parameters.items()}
         self.names |= {p: f"align.{n}" for n, p in self.projector.items()}
-        self.optimizer = make_optimizer([*self.parameters.values(), *self.projector.values()], self.settings)
+        self.optimizers = make_optimizers({name: p for p, name in self.names.items()}, self.settings)
         decay = self.settings.ema_decay
         self.average = None if decay is None else {n: p.detach().clone() for n, p in self.parameters.items()}
 
@@ -72,16 +73,18 @@ class Trainer:
         s = self.settings
         self.model.train()
         torch.manual_seed(mix(s.seed, "dropout", self.step))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, s)
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, s)
         losses = self.accumulate(self.batches.batch(self.step))
         grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), s.clip_norm))
         if self.projector:
             nn.utils.clip_grad_norm_(self.projector.values(), s.clip_norm)
         if not (math.isfinite(losses.total.item()) and math.isfinite(grad_norm)):
             raise FloatingPointError(f"step {self.step}: loss {losses.total.item()}, gradient norm {grad_norm}")
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         if self.average is not None and s.ema_decay is not None:
             decay = min(s.ema_decay, (1 + self.step) / (10 + self.step))
@@ -136,7 +139,8 @@ class Trainer:
     def save(self) -> None:
         """Nothing; the newest checkpoint is this step's."""
         tensors = {name: parameter.detach() for parameter, name in self.names.items()}
-        tensors |= optimizer_tensors(self.optimizer, self.names)
+        for optimizer in self.optimizers:
+            tensors |= optimizer_tensors(optimizer, self.names)
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.items()}
         save_checkpoint(
@@ -159,7 +163,8 @@ class Trainer:
                 parameter.copy_(checkpoint.tensors[name])
             for name, value in (self.average or {}).items():
                 value.copy_(checkpoint.tensors[f"average.{name}"])
-        restore_optimizer(self.optimizer, self.names, checkpoint.tensors)
+        for optimizer in self.optimizers:
+            restore_optimizer(optimizer, self.names, checkpoint.tensors)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -191,26 +196,6 @@ def validation_loss(model: Decoder, batches: list[TrainBatch]) -> float:
         total, count = total + losses.double().sum().item(), count + len(losses)
     model.train(training)
     return total / count
-
-
-def make_optimizer(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW with decay on tensors of two or more dimensions only."""
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, settings.learning_rate, settings.betas, eps=1e-8)
-
-
-def learning_rate(step: int, settings: TrainSettings) -> float:
-    """The rate of a step, counted from 0: linear warm-up, then constant or a cosine down to the final rate."""
-    s = settings
-    if step < s.warmup_steps:
-        return s.learning_rate * (step + 1) / s.warmup_steps
-    if s.schedule == "constant":
-        return s.learning_rate
-    progress = (step - s.warmup_steps) / max(1, s.steps - s.warmup_steps)
-    return s.final_learning_rate + (s.learning_rate - s.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def select(batch: TrainBatch, rows: slice) -> TrainBatch:

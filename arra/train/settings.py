@@ -34,6 +34,9 @@ class TrainSettings(Settings):
     batch_size: int = Field(32, gt=0)
     micro_batch_size: int | None = Field(None, gt=0)
     """Rows per forward pass; null is the whole batch. The result is the same up to rounding."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for the matrices inside the blocks, AdamW for everything else."""
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
     learning_rate: float = Field(2e-3, gt=0)
     warmup_steps: int = Field(50, ge=0)
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -81,4 +84,14 @@ class TokenizerTrainSettings(Settings):
     augment: float = Field(0.3, ge=0, le=1)
     """Share of pictures that are scaled, shifted and recoloured; the others are seen as they are (or mirrored)."""
     checkpoint_every_steps: int = Field(200, gt=0)
+    seed: int = Field(0, ge=0)
+
+
+class DualTrainSettings(Settings):
+    """How the dual encoder that judges captions is trained."""
+
+    steps: int = Field(800, gt=0)
+    batch_size: int = Field(128, gt=1)
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
     seed: int = Field(0, ge=0)

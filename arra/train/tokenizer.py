@@ -127,8 +127,8 @@ def augmented(
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(count, generator=generator)
 
-    changed = (uniform(0, 1) < share).float()
-    mirror = 1 - 2 * (uniform(0, 1) < 0.5).float()
+    changed = (uniform(0.0, 1.0) < share).float()
+    mirror = 1 - 2 * (uniform(0.0, 1.0) < 0.5).float()
     scale = 1 + changed * uniform(-0.3, 0.3)
     shift = changed[:, None] * torch.stack([uniform(-0.2, 0.2), uniform(-0.2, 0.2)], 1)
     theta = torch.zeros(count, 2, 3)
@@ -136,7 +136,7 @@ def augmented(
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     x = F.grid_sample(x - 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + 1  # white outside
     order = torch.rand(count, 3, generator=generator).argsort(1)
-    recolour = (changed * uniform(0, 1) > 0.5)[:, None, None, None]
+    recolour = (changed * uniform(0.0, 1.0) > 0.5)[:, None, None, None]
     x = torch.where(recolour, x.gather(1, order[:, :, None, None].expand_as(x)), x)
     return F.avg_pool2d(x, 2)
 

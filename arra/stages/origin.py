@@ -1,0 +1,69 @@
+"""Which store a run was trained on: noted in the run folder, found again wherever the folders were moved together.
+
+runs/NAME/store.json   where the store lies, seen from the run, and the credit line its pictures ask for
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from arra.config import Recipe
+from arra.data.store import Store
+from arra.errors import ArraError
+from arra.runs import atomic_write
+
+STORE_FILE = "store.json"
+
+
+def columns_of(recipe: Recipe) -> list[str]:
+    """The columns of the store that a run of this recipe is trained on."""
+    return ["codes"] + ([f"features.{recipe.encoder.teacher}"] if recipe.align is not None else [])
+
+
+def note_store(folder: Path, store: Store) -> None:
+    """Nothing; the run folder says where its store lies."""
+    here, there = folder.resolve(), store.path.resolve()
+    note = {
+        "path": os.path.relpath(there, here),
+        "at_first": str(there),
+        "attribution": store.manifest()["records"]["attribution"],
+    }
+    if noted(folder) != note:
+        atomic_write(folder / STORE_FILE, json.dumps(note, indent=2) + "\n")
+
+
+def noted(folder: Path) -> dict[str, Any]:
+    """What `note_store` wrote; empty where there is nothing readable."""
+    try:
+        note = json.loads((folder / STORE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def find_store(folder: Path, columns: list[str], expected: str) -> Store | None:
+    """The store whose columns have the hash that the run was trained on, or None if it is not found.
+
+    It is looked for from the run folder, then where it was at first, then beside the run as `arra demo` lays it.
+    """
+    for path in _candidates(folder):
+        if (path / "manifest.json").is_file():
+            store = Store(path)
+            try:
+                if store.manifest_hash(*columns) == expected:
+                    return store
+            except (ArraError, KeyError):  # a store without these columns is another one
+                continue
+    return None
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    note = noted(folder)
+    if isinstance(note.get("path"), str):
+        yield Path(os.path.normpath(folder.resolve() / note["path"]))
+    if isinstance(note.get("at_first"), str):
+        yield Path(note["at_first"])
+    for above in list(folder.resolve().parents)[:2]:
+        yield above / "store"

@@ -1,0 +1,169 @@
+"""Batches are functions of (seed, step); the aligned positions are exactly the states that predict the codes."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arra.data.batches import NOTHING, Batches, TrainBatch, mix, text_batch
+from arra.data.layout import BOI, PAD, text_prefix
+from arra.errors import ArraError
+
+
+def make(**changes: Any) -> Batches:
+    count = changes.pop("count", 11)
+    fields: dict[str, Any] = {
+        "captions": [[[10 + row], [100 + row, 5], [200 + row]] for row in range(count)],
+        "codes": torch.arange(count * 6).view(count, 6),
+        "features": torch.arange(count).float()[:, None].expand(-1, 3),
+        "prefix_length": 5,
+        "batch_size": 4,
+        "condition_dropout": 0.0,
+        "alternative_share": 0.0,
+        "seed": 0,
+    }
+    return Batches(**{**fields, **changes})
+
+
+def equal(one: TrainBatch, other: TrainBatch) -> bool:
+    names = ("tokens", "labels", "code_mask", "prefix_mask", "features", "rows")
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
+
+
+def rows_of(batches: Batches, steps: range) -> list[int]:
+    rows = []
+    for step in steps:
+        found = batches.batch(step).rows
+        assert found is not None
+        rows += found.tolist()
+    return rows
+
+
+def prompt_ids(batch: TrainBatch) -> list[tuple[int, ...]]:
+    length = batch.prefix_mask.shape[1]
+    pairs = zip(batch.tokens[:, :length], batch.prefix_mask, strict=True)
+    return [tuple(tokens[mask].tolist()) for tokens, mask in pairs]
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(11, 4), (8, 4), (3, 7), (1, 2)])
+def test_every_epoch_is_a_permutation(count: int, batch_size: int) -> None:
+    batches = make(count=count, batch_size=batch_size)
+    rows = rows_of(batches, range(count * 3))
+    epochs = [rows[start : start + count] for start in range(0, len(rows) - count + 1, count)]
+    assert len(epochs) == 3 * batch_size
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    if count > 3:
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+def test_a_batch_is_a_function_of_seed_and_step() -> None:
+    options: dict[str, Any] = {"condition_dropout": 0.3, "alternative_share": 0.5}
+    forward = make(**options)
+    in_order = [forward.batch(step) for step in range(30)]
+    torch.manual_seed(5)
+    jumping = make(**options)
+    before = torch.get_rng_state()
+    for step in (29, 3, 17, 0, 29, 8):
+        assert equal(jumping.batch(step), in_order[step]), step
+    assert torch.equal(torch.get_rng_state(), before)  # no global randomness
+    assert rows_of(make(seed=1), range(5)) != rows_of(make(seed=0), range(5))
+
+
+def test_one_setting_does_not_shift_the_randomness_of_another() -> None:
+    """Baseline and variants see the same pictures, and the same prompts wherever they may."""
+    base = make(count=50, batch_size=50, alternative_share=0.5)
+    dropping = replace(base, condition_dropout=0.3)
+    bare = replace(dropping, features=None, alternative_share=0.0)
+    for step in range(3):
+        kept = 0
+        ours, dropped, plain = base.batch(step), dropping.batch(step), bare.batch(step)
+        assert torch.equal(ours.tokens[:, 5:], dropped.tokens[:, 5:])
+        assert torch.equal(ours.tokens[:, 5:], plain.tokens[:, 5:])
+        for one, other in zip(prompt_ids(ours), prompt_ids(dropped), strict=True):
+            assert other in (one, (BOI,))
+            kept += other == one
+        assert 25 <= kept <= 45
+        empty = [ids == (BOI,) for ids in prompt_ids(dropped)]
+        assert empty == [ids == (BOI,) for ids in prompt_ids(plain)]
+
+
+@pytest.mark.parametrize(("dropout", "alternatives"), [(0.0, 0.0), (0.1, 0.3), (0.5, 1.0), (0.0, 1.0)])
+def test_shares_of_prompts(dropout: float, alternatives: float) -> None:
+    batches = make(count=100, batch_size=100, condition_dropout=dropout, alternative_share=alternatives)
+    kinds: Counter[str] = Counter()
+    for step in range(40):
+        batch = batches.batch(step)
+        assert batch.rows is not None
+        for row, ids in zip(batch.rows.tolist(), prompt_ids(batch), strict=True):
+            texts = {(BOI,): "empty", (10 + row, BOI): "own", (100 + row, 5, BOI): "first", (200 + row, BOI): "second"}
+            kinds[texts[ids]] += 1
+    total = 4000
+    deviation = 3.5 * (0.25 / total) ** 0.5
+    assert kinds["empty"] / total == pytest.approx(dropout, abs=deviation if dropout else 0)
+    expected = (1 - dropout) * alternatives / 2
+    assert kinds["first"] / total == pytest.approx(expected, abs=deviation if alternatives else 0)
+    assert kinds["second"] / total == pytest.approx(expected, abs=deviation if alternatives else 0)
+    if alternatives == 1:
+        assert kinds["own"] == 0
+
+
+def test_records_without_alternatives_keep_their_prompt() -> None:
+    batches = make(captions=[[[10 + row]] for row in range(11)], alternative_share=1.0)
+    batch = batches.batch(0)
+    assert batch.rows is not None
+    assert prompt_ids(batch) == [(10 + row, BOI) for row in batch.rows.tolist()]
+
+
+def test_codes_and_features_belong_to_the_row() -> None:
+    batches = make()
+    batch = batches.batch(2)
+    assert batch.rows is not None
+    assert batch.features is not None
+    assert torch.equal(batch.tokens[:, 5:], batches.codes[batch.rows])
+    assert torch.equal(batch.features[:, 0], batch.rows.float())
+    assert make(features=None).batch(2).features is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(2, 40), max_size=6), min_size=1, max_size=5),
+    num_codes=st.integers(1, 9),
+    spare=st.integers(0, 4),
+)
+def test_layout_of_any_batch(prompts: list[list[int]], num_codes: int, spare: int) -> None:
+    """For every prompt length and padding: P states predict, each the code one to its right, and nothing else."""
+    length = max(map(len, prompts)) + 1 + spare
+    codes = torch.arange(len(prompts) * num_codes).view(len(prompts), num_codes)
+    batch = text_batch(prompts, codes, prefix_length=length)
+    assert batch.tokens.shape == batch.labels.shape == batch.code_mask.shape == (len(prompts), length + num_codes)
+    assert batch.predicting.shape == (len(prompts), length + num_codes - 1)
+    assert batch.predicting.sum(1).tolist() == [num_codes] * len(prompts)
+    # the first predicting state is the begin-of-image token, whatever the prompt; the last code predicts nothing
+    assert batch.tokens[:, :-1][batch.predicting].view(len(prompts), -1)[:, 0].tolist() == [BOI] * len(prompts)
+    assert torch.equal(batch.tokens[:, 1:][batch.predicting].view_as(codes), codes)
+    assert torch.equal(batch.labels[:, 1:][batch.predicting].view_as(codes), codes)
+    assert (batch.labels[~batch.code_mask] == NOTHING).all()
+    assert torch.equal(batch.labels != NOTHING, batch.code_mask)
+    for row, ids in enumerate(prompts):
+        assert batch.tokens[row, :length].tolist() == [PAD] * (length - len(ids) - 1) + ids + [BOI]
+        assert batch.prefix_mask[row].tolist() == [False] * (length - len(ids) - 1) + [True] * (len(ids) + 1)
+
+
+def test_text_prefix() -> None:
+    assert text_prefix([7, 8], 5) == ([PAD, PAD, 7, 8, BOI], [False, False, True, True, True])
+    assert text_prefix([], 2) == ([PAD, BOI], [False, True])
+    assert text_prefix([7, 8], 3) == ([7, 8, BOI], [True] * 3)
+    with pytest.raises(ArraError, match="prompt: 3 tokens and the begin-of-image token do not fit the 3 prefix"):
+        text_prefix([7, 8, 9], 3)
+
+
+def test_mix_depends_on_all_three() -> None:
+    numbers = {mix(seed, purpose, index) for seed in range(9) for purpose in ("a", "b", "1/a") for index in range(9)}
+    assert len(numbers) == 9 * 3 * 9
+    assert all(0 <= number < 2**63 for number in numbers)
+    assert mix(1, "2", 3) != mix(1, "2/3", 3)
+    assert mix(0, "order", 0) == 3955691223199900983  # the order of every training so far; another loses its resume

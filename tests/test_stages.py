@@ -1,0 +1,348 @@
+"""Stages on a toy: repeating, moving, interrupting and damaging them changes nothing or is told in one line."""
+
+import hashlib
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from arra.config import Recipe, load_recipe, parse_recipe
+from arra.data.store import Store
+from arra.errors import ArraError
+from arra.evaluate.card import Evaluation
+from arra.runs import Run, file_hash
+from arra.stages.evaluate import evaluate
+from arra.stages.paint import load_run, paint_prompts, parse_seeds, read_prompts
+from arra.stages.prepare import prepare
+from arra.stages.report import report
+from arra.stages.train import train
+from arra.train.interrupt import TrainingInterrupted
+from arra.train.loop import Trainer
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The hash of every file, by its place."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def recipe_of(run: Path) -> Recipe:
+    return parse_recipe(Run.open(run).recipe_yaml(), Recipe, source=str(run))
+
+
+def line_of(error: pytest.ExceptionInfo[ArraError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def raise_signal_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Lets a signal arrive in the middle of a training."""
+    after_step = Trainer.after_step
+
+    def interrupted(self: Trainer, *arguments: Any) -> None:
+        after_step(self, *arguments)
+        if self.step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "after_step", interrupted)
+
+
+def test_every_stage_leaves_what_it_says(pipeline):
+    for run in (pipeline.baseline, pipeline.aligned):
+        names = {path.name for path in run.iterdir()}
+        assert {"recipe.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "previews", "store.json"} <= names
+        assert {"model.safetensors", "model.json", "tokenizer.json", "metrics.json"} <= names
+        assert [path.name for path in sorted((run / "previews").iterdir())] == ["step-000075.png", "step-000150.png"]
+        rows = Run.open(run).read_metrics()
+        assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 151))
+        assert [row["step"] for row in rows if row["kind"] == "validation"] == [75, 150]
+        metrics = {result.metric for result in Evaluation.load(run).card.results}
+        assert {"nll", "caption_gain", "frechet", "kid_x1000", "retrieval_at_1", "psnr_db"} <= metrics
+    first = [Run.open(run).read_metrics()[0] for run in (pipeline.baseline, pipeline.aligned)]
+    assert first[0]["ntp_loss"] == first[1]["ntp_loss"]  # same weights, same pictures, same dropout
+    assert first[0]["gva_loss"] is None
+    assert 0 < first[1]["gva_loss"] < 2
+    page = pipeline.page.read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "red " in page
+
+
+def test_repeating_every_stage_changes_nothing(pipeline, toy_copy):
+    before = contents(toy_copy.root)
+    recipe = recipe_of(toy_copy.aligned)
+    store = prepare(recipe, toy_copy.store)
+    run = train(recipe, store, toy_copy.aligned)
+    evaluate(run.path)
+    after = contents(toy_copy.root)
+    assert {name for name in after if before.get(name) != after[name]} == {"runs/aligned/store.json"}  # it was moved
+    assert before.keys() == after.keys()
+
+
+def test_an_interrupted_training_ends_in_the_same_weights(pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe, store = recipe_of(pipeline.aligned), Store.open(pipeline.store)
+    with monkeypatch.context() as patch:
+        raise_signal_at(patch, 33)
+        with pytest.raises(TrainingInterrupted, match="interrupted at step 33, saved"):
+            train(recipe, store, tmp_path / "aligned")
+    with pytest.raises(ArraError, match="training has not finished; run the command that began it again, or: arra tr"):
+        load_run(tmp_path / "aligned")
+    train(recipe, store, tmp_path / "aligned")
+    for name in ("model.safetensors", "model.json", "tokenizer.json"):
+        assert file_hash(tmp_path / "aligned" / name) == file_hash(pipeline.aligned / name)
+    rows = Run.open(tmp_path / "aligned").read_metrics()
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 151))
+
+
+def test_lost_weights_come_back_from_the_checkpoint(pipeline, toy_copy):
+    expected = file_hash(toy_copy.aligned / "model.safetensors")
+    (toy_copy.aligned / "model.safetensors").unlink()
+    train(recipe_of(toy_copy.aligned), Store.open(toy_copy.store), toy_copy.aligned)
+    assert file_hash(toy_copy.aligned / "model.safetensors") == expected
+
+
+def test_a_run_folder_of_another_recipe_is_refused(pipeline, toy_copy):
+    recipe = load_recipe(toy_copy.aligned / "recipe.yaml", overrides=["train.learning_rate=1e-4"])
+    with pytest.raises(ArraError) as error:
+        train(recipe, Store.open(toy_copy.store), toy_copy.aligned)
+    assert "another recipe: train.learning_rate is 0.00" in line_of(error)
+    assert "now 0.0001; use another folder or delete this one" in line_of(error)
+
+
+def test_a_recipe_that_does_not_fit_its_pictures_leaves_no_run(pipeline, tmp_path: Path):
+    store = Store.open(pipeline.store)
+    recipe = load_recipe(pipeline.aligned / "recipe.yaml", overrides=["model.prefix_length=2"])
+    with pytest.raises(ArraError, match=r"its caption has \d+ tokens, more than .* raise it with --set model.prefix_"):
+        train(recipe, store, tmp_path / "run")
+    for change, message in {
+        "data.image_size=32": r"'codes' was made with crop .*, the recipe says 'center_crop\(32\)'; run: arra prepare",
+        "encoder.teacher=efficientnet-lite2": r"'features.efficientnet-lite2' is missing; run: arra prepare",
+    }.items():
+        with pytest.raises(ArraError, match=message):
+            train(load_recipe(pipeline.aligned / "recipe.yaml", overrides=[change]), store, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_of_other_pictures_is_refused(
+    pipeline, toy_copy, tmp_path: Path, draw_pictures: Callable[[Path], Path]
+):
+    other = draw_pictures(tmp_path / "other")
+    (other / "000.png").unlink()
+    Image.new("RGB", (9, 9)).save(other / "000.png")
+    recipe = load_recipe(pipeline.aligned / "recipe.yaml", overrides=[f"data.path={other}"])
+    with pytest.raises(ArraError, match=r"made from other records .*; use another folder or delete this store"):
+        prepare(recipe, toy_copy.store)
+    prepared = prepare(recipe, tmp_path / "other-store")
+    with pytest.raises(ArraError, match=r"another recipe: data.path"):
+        train(recipe, prepared, toy_copy.aligned)
+    with pytest.raises(ArraError, match="another manifest: store_sha256"):
+        train(recipe_of(toy_copy.aligned), prepared, toy_copy.aligned)
+
+
+def test_a_moved_demo_finds_its_store(pipeline, toy_copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = load_run(toy_copy.aligned).store
+    assert found is not None
+    assert found.path == toy_copy.store.resolve()
+    monkeypatch.chdir(toy_copy.root)
+    found = load_run(Path("runs/aligned")).store
+    assert found is not None
+    assert found.path == toy_copy.store.resolve()
+    shutil.move(toy_copy.aligned, tmp_path / "alone")  # the store stays: it is where it was at first
+    found = load_run(tmp_path / "alone").store
+    assert found is not None
+    assert found.path == pipeline.store.resolve()
+
+
+def test_a_lost_store_is_told_and_can_be_made_again(pipeline, toy_copy):
+    (toy_copy.aligned / "metrics.json").unlink()
+    shutil.rmtree(toy_copy.store)
+    note = toy_copy.aligned / "store.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"at_first": str(toy_copy.root / "gone")}))
+    with pytest.raises(ArraError) as error:
+        evaluate(toy_copy.aligned)
+    assert "the store it was trained on is gone or has changed, it was" in line_of(error)
+    assert "arra prepare" in line_of(error)
+    prepare(recipe_of(toy_copy.aligned), toy_copy.store)
+    expected = {(r.key, r.value) for r in Evaluation.load(pipeline.aligned).card.results}
+    assert {(r.key, r.value) for r in evaluate(toy_copy.aligned, threads=1).card.results} == expected
+
+
+def test_pictures_that_changed_since_are_not_judged(toy_copy, tmp_path: Path, draw_pictures: Callable[[Path], Path]):
+    pictures = draw_pictures(tmp_path / "pictures")
+    recipe = load_recipe(toy_copy.baseline / "recipe.yaml", overrides=[f"data.path={pictures}", "train.steps=2"])
+    run = train(recipe, prepare(recipe, tmp_path / "store"), tmp_path / "run")
+    shutil.copy(pictures / "000.png", pictures / "001.png")
+    with pytest.raises(ArraError, match=r"made from other pictures than .* holds now; restore them"):
+        evaluate(run.path)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "evaluation.safetensors", "samples/evaluation.safetensors"])
+def test_a_lost_or_broken_evaluation_is_made_again(pipeline, toy_copy, name: str):
+    before = Evaluation.load(toy_copy.aligned)
+    for damage in (Path.unlink, lambda path: path.write_bytes(b"{")):
+        damage(toy_copy.aligned / name)
+        with pytest.raises(ArraError, match=r"missing|broken|damaged|cannot read|not JSON"):
+            report([toy_copy.baseline, toy_copy.aligned], toy_copy.root / "page", title="toy")
+        if name.startswith("samples/") and damage is not Path.unlink:
+            (toy_copy.aligned / name).unlink()
+        after = evaluate(toy_copy.aligned, threads=1)
+        assert [(r.key, r.value, r.low) for r in after.card.results] == [
+            (r.key, r.value, r.low) for r in before.card.results
+        ]
+
+
+def test_damaged_files_of_the_store_are_told_or_made_again(pipeline, toy_copy):
+    judged = next((toy_copy.store / "judged").iterdir())
+    judged.write_bytes(judged.read_bytes()[:100])
+    (toy_copy.aligned / "metrics.json").unlink()
+    evaluate(toy_copy.aligned, threads=1)
+    assert len(judged.read_bytes()) > 100
+    codes = toy_copy.store / "codes.parquet"
+    codes.write_bytes(codes.read_bytes()[:-20])
+    (toy_copy.aligned / "metrics.json").unlink()
+    with pytest.raises(ArraError, match=r"codes.parquet: missing or damaged .*; run: arra prepare"):
+        evaluate(toy_copy.aligned)
+    prepare(recipe_of(toy_copy.aligned), toy_copy.store)
+    evaluate(toy_copy.aligned, threads=1)
+
+
+def test_damaged_weights_are_told(pipeline, toy_copy):
+    weights = toy_copy.aligned / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ArraError) as error:
+        load_run(toy_copy.aligned)
+    assert line_of(error).startswith(f"{weights}: not a readable safetensors file")
+
+
+def test_a_tokenizer_is_trained_into_the_store_and_travels_with_the_run(
+    pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def recipe(*changes: str) -> Recipe:
+        small = ["tokenizer.train={steps: 3, batch_size: 4}", "train.steps=2", "train.preview_every_steps=null"]
+        return load_recipe(pipeline.baseline / "recipe.yaml", overrides=[*small, *changes])
+
+    with pytest.raises(ArraError, match="its tokenizer is not trained yet; run: arra prepare"):
+        train(recipe(), Store.open(pipeline.store), tmp_path / "run")
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if "tokenizer" in what and done == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(TrainingInterrupted):
+        prepare(recipe(), tmp_path / "store", progress=interrupt)
+    steps: list[int] = []
+
+    def count(what: str, done: int, total: int) -> None:
+        if "tokenizer" in what:
+            steps.append(done)
+
+    store = prepare(recipe(), tmp_path / "store", progress=count)
+    assert steps == [3]
+    whole = prepare(recipe(), tmp_path / "uninterrupted")
+    weights = "tokenizer/tokenizer.safetensors"
+    assert file_hash(store.path / weights) == file_hash(whole.path / weights)
+    run = train(recipe(), store, tmp_path / "run")
+    assert load_run(run.path).tokenizer.weights_hash == file_hash(store.path / weights)
+
+    steps.clear()  # another training of the tokenizer starts anew, though checkpoints of the first are there
+    store = prepare(recipe("tokenizer.train.steps=2"), tmp_path / "store", progress=count)
+    assert steps == [1, 2]
+    assert load_run(run.path).store is None
+    painted = paint_prompts(load_run(run.path), ["red circle"], [0], tmp_path / "painted", overrides={})
+    assert len(painted) == 2
+
+
+def test_painting_writes_pictures_with_what_made_them(pipeline, tmp_path: Path):
+    loaded = load_run(pipeline.aligned)
+    chosen = {"cfg_scale": 1.5, "temperature": None, "top_k": 50, "top_p": None}
+    written = paint_prompts(loaded, ["red circle left", "blue bar"], [0, 5, 7], tmp_path, overrides=chosen)
+    assert [path.name for path in written] == [*(f"{number:06d}.png" for number in range(6)), "grid.png"]
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(row["file"], row["prompt"], row["seed"]) for row in rows][:4] == [
+        ("000000.png", "red circle left", 0),
+        ("000001.png", "red circle left", 5),
+        ("000002.png", "red circle left", 7),
+        ("000003.png", "blue bar", 0),
+    ]
+    assert {(row["cfg_scale"], row["temperature"], row["top_k"]) for row in rows} == {(1.5, 1.0, 50)}
+    with Image.open(tmp_path / "000004.png") as image:
+        assert image.size == (16, 16)
+        assert image.text["arra:prompt"] == "blue bar"  # type: ignore[attr-defined]
+        assert image.text["arra:model_sha256"] == file_hash(pipeline.aligned / "model.safetensors")  # type: ignore[attr-defined]
+        alone = image.tobytes()
+    (tmp_path / "000009.png").write_bytes(b"mine")
+    paint_prompts(loaded, ["blue bar"], [5], tmp_path, overrides=chosen)
+    with Image.open(tmp_path / "000000.png") as image:
+        assert image.tobytes() == alone  # a picture depends on its own prompt and seed alone
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "000000.png",
+        "000009.png",  # not ours
+        "grid.png",
+        "samples.jsonl",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("!?", "prompt '!?': no word in it; say what to paint"),
+        ("the", "prompt 'the': no word in it; say what to paint"),
+        ("red bar " * 30, "prompt 'red bar red bar red bar red bar red b...': "),
+    ],
+)
+def test_prompts_that_make_no_picture_are_refused(pipeline, tmp_path: Path, prompt: str, message: str):
+    with pytest.raises(ArraError) as error:
+        paint_prompts(load_run(pipeline.aligned), ["red bar", prompt], [0], tmp_path / "out", overrides={})
+    assert line_of(error).startswith(message)
+    assert "say what to paint" in line_of(error) or "tokens, this model has room for 7; shorten it" in line_of(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_seeds_are_read_as_written():
+    assert parse_seeds("0-3") == [0, 1, 2, 3]
+    assert parse_seeds("5, 1,9-10") == [5, 1, 9, 10]
+    assert parse_seeds(str(2**63 - 1)) == [2**63 - 1]
+    for text in ("", "a", "3-1", "-1", "1,", "1-", "1.5"):
+        with pytest.raises(ArraError, match=r"^--seeds .*: expected numbers as in 0-7 or 1,5,9$"):
+            parse_seeds(text)
+    for text in ("0-99999999999", str(2**63)):
+        with pytest.raises(ArraError, match="expected at most 10000 seeds"):
+            parse_seeds(text)
+
+
+def test_prompt_files_are_read_line_by_line(tmp_path: Path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("red circle\r\nblue bar\n", encoding="utf-8-sig")
+    assert read_prompts(["first"], path) == ["first", "red circle", "blue bar"]
+    for content, message in {
+        b"red\n\nblue\n": "line 2 is empty; expected one prompt per line, remove it",
+        b"": "empty; expected one prompt per line",
+        b"\xff\xfe": "cannot be read (not UTF-8); expected a text file with one prompt per line",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(ArraError) as error:
+            read_prompts([], path)
+        assert line_of(error) == f"{path}: {message}"
+
+
+def test_reports_compare_seeds_of_rows(pipeline, toy_copy, tmp_path: Path):
+    def another_seed(folder: Path) -> Path:
+        changes = ["train.seed=1", "model.seed=1", "train.steps=20"]
+        recipe = load_recipe(folder / "recipe.yaml", overrides=changes)
+        run = train(recipe, Store.open(toy_copy.store), tmp_path / "seed-1" / folder.name)
+        evaluate(run.path, threads=1)
+        return run.path
+
+    second = [another_seed(folder) for folder in (toy_copy.baseline, toy_copy.aligned)]
+    with pytest.raises(ArraError, match="share no training seed"):
+        report([toy_copy.baseline, second[1]], tmp_path / "page", title="toy")
+    page = report([toy_copy.baseline, toy_copy.aligned, *second], tmp_path / "page", title="toy")
+    assert "seed" in page.read_text()
+    assert (tmp_path / "page" / "grid.png").is_file()

@@ -1,0 +1,76 @@
+"""Every row of every recipe makes a model; every command line that we print or document parses."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import typer.main
+
+from arra.cli import app
+from arra.config import Recipe, load_recipe, parse_recipe, recipes_folder, row_names
+from arra.models import Decoder
+from arra.stages.train import decoder_settings, describe_recipe
+from arra.tokenizers import load_tokenizer
+
+ROOT = Path(__file__).parent.parent.parent
+ROWS = [(path.stem, row) for path in sorted(recipes_folder().glob("*.yaml")) for row in (None, *row_names(path))]
+DOCUMENTS = [
+    path
+    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "arra/**/*.py", "recipes/*.yaml")
+    for path in sorted(ROOT.glob(pattern))
+]
+
+
+@pytest.mark.parametrize(("name", "row"), ROWS)
+def test_every_row_of_every_recipe_makes_a_model(name: str, row: str | None):
+    recipe = load_recipe(name, row=row)
+    described = describe_recipe(recipe)
+    assert parse_recipe(described, Recipe, source="described") == recipe
+    network = recipe.tokenizer.network or load_tokenizer(recipe.tokenizer.name).model.settings
+    settings = decoder_settings(recipe, num_codes=network.num_codes, downsampling=network.downsampling)
+    with torch.device("meta"):
+        model = Decoder(settings)
+    assert model.device == torch.device("meta")
+    assert f"# decoder: {sum(p.numel() for p in model.parameters()):,} parameters" in described
+    assert settings.num_positions == (recipe.data.image_size // network.downsampling) ** 2
+
+
+def commands_in(text: str) -> Iterator[str]:
+    """The arguments of every whole `arra ...` line in fenced blocks, examples, comments and code spans."""
+    fenced = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for block in fenced:
+        for line in block.replace("\\\n", " ").splitlines():
+            command = re.match(r"\$? ?(?:[\w./]*/)?arra (.*)", line.strip())
+            if command:
+                yield command[1]
+            if "ARGS=" in line and line.startswith("make demo"):
+                yield "demo " + line.split('ARGS="')[1].split('"')[0]
+    yield from re.findall(r"^ +Example: arra (.*)$", text, re.MULTILINE)
+    yield from re.findall(r"(?<!`)`(?:[\w./]*/)?arra ([a-z][^`\n]*)`", text)
+
+
+DOCUMENTED = [
+    (str(path.relative_to(ROOT)), command)
+    for path in DOCUMENTS
+    for command in commands_in(path.read_text(encoding="utf-8"))
+    if not re.search(r"[\[\]|{}]|\.\.\.", command)  # a grammar, not a command
+]
+
+
+@pytest.mark.parametrize(("document", "command"), DOCUMENTED)
+def test_every_documented_command_parses(document: str, command: str):
+    name, *arguments = shlex.split(command, comments=True)
+    group = typer.main.get_command(app)
+    commands = group.commands  # type: ignore[attr-defined]
+    assert name in commands, f"{document}: arra {command}"
+    if arguments or name in ("demo", "doctor"):  # a bare name is only mentioned
+        commands[name].make_context(name, list(arguments))
+
+
+def test_documented_commands_are_found():
+    found = {command.split()[0] for _, command in DOCUMENTED}
+    assert {"demo", "prepare", "train", "generate", "evaluate", "report", "doctor", "list"} <= found
+    assert any(document == "README.md" for document, _ in DOCUMENTED)
