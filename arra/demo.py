@@ -53,6 +53,7 @@ METRIC_NAMES = {"caption_retrieval_at_1": "caption found", "caption_retrieval_at
 }
 """Short names of the summary's measures."""
 EVALUATE = "evaluate"
+EXAMPLE = "a red heart on fire"
 FOLDER_TOKENIZER_STEPS = 800
 """Training of the packaged tokenizer on a user's own pictures, before codes are made."""
 SECONDS_BESIDE_TRAINING = 150
@@ -142,7 +143,8 @@ def run_stages(options: DemoOptions, recipe: Recipe, out: Path, display: Display
             display.show("report", "writing", 0, 1)
             page = report([task.folder for task in tasks], out, title="arra demo", timings=clock.times())
             display.show("report", "written", 1, 1)
-    print_summary(tasks, page, console, seconds=sum(seconds for _, seconds in clock.times()))
+    prompt = EXAMPLE if options.data is None else store.prompts()[store.rows(tasks[0].recipe.evaluate.splits[0])[0]]
+    print_summary(tasks, page, console, seconds=sum(seconds for _, seconds in clock.times()), prompt=prompt)
     return page
 
 
@@ -325,7 +327,7 @@ def run_processes(commands: Sequence[tuple[Task, list[str]]], display: Display, 
                 watch(task, log, display, what)
                 if code is not None:
                     del running[process]
-                    check(code, task, log, what)
+                    check(code, task, log, what)  # of a bug the log stays
                     log.unlink(missing_ok=True)
             time.sleep(0.3)
     except BaseException:
@@ -375,9 +377,11 @@ def check(code: int, task: Task, log: Path, what: str) -> None:
         return
     lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
     if code in (130, -signal.SIGINT):
+        log.unlink()
         raise KeyboardInterrupt
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if code == 2 and told:
+        log.unlink()
         raise ArraError(told[-1])
     if code in (-signal.SIGKILL, -signal.SIGTERM):
         raise ArraError(
@@ -429,7 +433,7 @@ def split_line(splits: dict[str, int]) -> str:
     return "pictures: " + ", ".join(f"{count} {name}" for name, count in splits.items())
 
 
-def print_summary(tasks: Sequence[Task], page: Path, console: Console, *, seconds: float) -> None:
+def print_summary(tasks: Sequence[Task], page: Path, console: Console, *, seconds: float, prompt: str) -> None:
     """Nothing; the console shows the comparison and what to do next."""
     by_label: dict[str, dict[int, Evaluation]] = {}
     for task in tasks:
@@ -439,7 +443,7 @@ def print_summary(tasks: Sequence[Task], page: Path, console: Console, *, second
         comparison = compare_rows(BASELINE, row, by_label, num_resamples=settings.num_resamples, seed=settings.seed)
         # no box and narrow gaps: it fits a terminal of 80 columns
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for column in ("", "cfg", BASELINE, row, "difference [95 % interval]", "verdict"):
+        for column in ("", "cfg", BASELINE, row, "difference [interval]", "verdict"):
             table.add_column(column, justify="right" if column in (BASELINE, row, "cfg") else "left", no_wrap=True)
         last = ""
         for one in comparison.judged:
@@ -449,13 +453,13 @@ def print_summary(tasks: Sequence[Task], page: Path, console: Console, *, second
                 table.add_row(Text(f"{one.split} pictures", style="bold"))
                 last = one.split
             table.add_row(*summary_cells(one))
-        console.print(f"\n{row} against {BASELINE} on held-out pictures", highlight=False)
+        console.print(f"\n{row} against {BASELINE} on held-out pictures, 95 % intervals", highlight=False)
         console.print(table)
     console.print()
     for line in (
         f"report    {page}",
         f"took      {seconds / 60:.1f} minutes",
-        f'try next  arra generate {shlex.quote(str(tasks[1].folder))} --prompt "a red heart on fire"',
+        f"try next  arra generate {shlex.quote(str(tasks[1].folder))} --prompt {shlex.quote(prompt)}",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -175,7 +175,7 @@ def test_training_from_the_command_line_returns_at_once_when_done(pipeline, toy_
     assert (answer.code, answer.out.strip(), answer.err) == (0, str(toy_copy.aligned), "")
     assert weights.stat().st_mtime_ns == before.st_mtime_ns
     assert re.search(
-        "another recipe: train.steps is 150 in this run, now 151", run_arra(*command, "--set", "train.steps=151").error
+        "another recipe: train.steps is 100 in this run, now 101", run_arra(*command, "--set", "train.steps=101").error
     )
 
 

@@ -29,6 +29,7 @@ from arra.demo import (
     recipe_overrides,
     refuse_other_options,
     run_demo,
+    run_processes,
     store_overrides,
 )
 from arra.display import Display
@@ -62,6 +63,10 @@ def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 def descendants(parent: int) -> list[int]:
     listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     return [int(pid) for pid, ppid in map(str.split, listed.splitlines()) if int(ppid) == parent]
+
+
+def is_alive(pid: int) -> bool:
+    return subprocess.run(["ps", "-p", str(pid)], capture_output=True, check=False).returncode == 0
 
 
 @pytest.fixture
@@ -99,28 +104,23 @@ def test_a_demo_killed_again_and_again_ends_in_the_same_weights(pipeline, start,
     assert not (out / ALIGNED / "model.json").exists()
     # the demo alone dies; its trainings notice, save and leave
     process = start()
-    wait_for(lambda: newest_step(out / ALIGNED) >= 60, process)
+    wait_for(lambda: newest_step(out / ALIGNED) >= 50, process)
     trainings = descendants(process.pid)
     process.kill()
     process.communicate()
-    # run again at once: it waits for them, continues, is interrupted once more, and by hand this time
-    process = start()
-    wait_for(lambda: (out / ALIGNED / "model.json").exists() or newest_step(out / ALIGNED) >= 90, process)
     assert trainings
-    process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 130, text
-    assert text.endswith("interrupted; run the same command again to continue\n")
+    # run again at once: it waits for them and continues
     process = start()
     text, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, text
+    assert not any(is_alive(pid) for pid in trainings)
     assert "arra generate" in text.splitlines()[-1]
     for row in (BASELINE, ALIGNED):
         for name in WEIGHTS:
             assert file_hash(out / row / name) == file_hash(getattr(pipeline, row) / name)
-        assert newest_step(out / row) == 150
+        assert newest_step(out / row) == 100
         steps = [line["step"] for line in Run(out / row).read_metrics() if line["kind"] == "train"]
-        assert steps == list(range(1, 151))
+        assert steps == list(range(1, 101))
     assert not [path for path in out.rglob("*") if path.suffix in (".tmp", ".log", ".part")]
     again(pipeline, out)
 
@@ -288,18 +288,53 @@ def test_minutes_become_steps_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         steps(DemoOptions(minutes=2.0))
 
 
+SAVES_WHEN_ASKED = """
+import signal, sys, time
+def save(number, frame):
+    open(sys.argv[1], "w").write("saved")
+    sys.exit(130)
+signal.signal(signal.SIGTERM, save)
+open(sys.argv[1], "w").write("running")
+time.sleep(60)
+"""
+
+
+def test_an_interruption_waits_for_the_trainings_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def begin(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+        log.write_text("")
+        return subprocess.Popen([sys.executable, "-c", SAVES_WHEN_ASKED, *arguments])
+
+    def look(task: Task, log: Path, display: Display, what: str) -> None:
+        if all((tmp_path / name).exists() and (tmp_path / name).read_text() == "running" for name in "ab"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(arra.demo, "start", begin)
+    monkeypatch.setattr(arra.demo, "watch", look)
+    monkeypatch.setattr(arra.demo, "num_parallel", lambda: 2)
+    printed = io.StringIO()
+    commands = [(Task(name, 0, tmp_path / name, (), name), [str(tmp_path / name)]) for name in "abc"]
+    with pytest.raises(KeyboardInterrupt):
+        run_processes(commands, Display(Console(file=printed)), "training")
+    assert [(tmp_path / name).read_text() for name in "ab"] == ["saved", "saved"]
+    assert not (tmp_path / "c").exists()
+    assert not list(tmp_path.glob(".*.log"))
+    assert printed.getvalue() == "stopping; what is training saves first\n"
+
+
 def test_how_a_process_ended_is_told(tmp_path: Path):
     task, log = Task("aligned", 0, Path("runs/demo/aligned"), (), "aligned"), tmp_path / "log"
     log.write_text("something\nerror: runs/x: full; free space\nafterwards\n")
     check(0, task, log, "training")
-    with pytest.raises(ArraError, match=r"^runs/x: full; free space$"):
-        check(2, task, log, "training")
-    with pytest.raises(KeyboardInterrupt):
-        check(130, task, log, "training")
-    with pytest.raises(ArraError, match=r"^runs/demo/aligned: training was killed from outside \(SIGKILL\)"):
-        check(-signal.SIGKILL, task, log, "training")
     with pytest.raises(RuntimeError, match=r"training aligned ended with code 1; the log is .*\nsomething"):
         check(1, task, log, "training")
+    with pytest.raises(ArraError, match=r"^runs/x: full; free space$"):
+        check(2, task, log, "training")
+    log.write_text("")
+    with pytest.raises(KeyboardInterrupt):
+        check(130, task, log, "training")
+    log.write_text("")
+    with pytest.raises(ArraError, match=r"^runs/demo/aligned: training was killed from outside \(SIGKILL\)"):
+        check(-signal.SIGKILL, task, log, "training")
 
 
 def test_progress_without_a_terminal_says_a_thing_once():

@@ -60,10 +60,10 @@ def test_every_stage_leaves_what_it_says(pipeline):
         names = {path.name for path in run.iterdir()}
         assert {"recipe.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "previews", "store.json"} <= names
         assert {"model.safetensors", "model.json", "tokenizer.json", "metrics.json"} <= names
-        assert [path.name for path in sorted((run / "previews").iterdir())] == ["step-000075.png", "step-000150.png"]
+        assert [path.name for path in sorted((run / "previews").iterdir())] == ["step-000050.png", "step-000100.png"]
         rows = Run.open(run).read_metrics()
-        assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 151))
-        assert [row["step"] for row in rows if row["kind"] == "validation"] == [75, 150]
+        assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 101))
+        assert [row["step"] for row in rows if row["kind"] == "validation"] == [50, 100]
         metrics = {result.metric for result in Evaluation.load(run).card.results}
         assert {"nll", "caption_gain", "frechet", "kid_x1000", "retrieval_at_1", "psnr_db"} <= metrics
     first = [Run.open(run).read_metrics()[0] for run in (pipeline.baseline, pipeline.aligned)]
@@ -98,7 +98,7 @@ def test_an_interrupted_training_ends_in_the_same_weights(pipeline, tmp_path: Pa
     for name in ("model.safetensors", "model.json", "tokenizer.json"):
         assert file_hash(tmp_path / "aligned" / name) == file_hash(pipeline.aligned / name)
     rows = Run.open(tmp_path / "aligned").read_metrics()
-    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 151))
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 101))
 
 
 def test_lost_weights_come_back_from_the_checkpoint(pipeline, toy_copy):

@@ -35,7 +35,7 @@ from arra.runs import atomic_write
 
 DRAWN_SIZE = 128
 """Pixels per side of a stored picture: what the teacher sees; the tokenizer sees it reduced."""
-EDITION = 1
+EDITION = 2
 """Raised whenever drawing, naming or splitting changes, so that an old cache is not read."""
 SAME_PICTURE_RMS = 0.015
 """Pictures nearer than this (root mean square over a 32-pixel copy, colours in 0..1) count as the same picture.
@@ -87,7 +87,12 @@ class Drawing:
             name = name.replace(f"{tone} skin tone", " ")
         words = name.split()
         kept = [word for word in words if word not in VARIANT_WORDS]
-        return " ".join(kept or words[:1])
+        return " ".join(kept or words[:1] or ["skin tone"])
+
+    @property
+    def unit(self) -> tuple[str, ...]:
+        """What moves between splits as a whole: a novel concept, or a concept with its tones in every gender."""
+        return (self.concept,) if _is_novel(self.concept) else (self.concept, *self.tones)
 
 
 def load_openmoji(cache: Path | None = None) -> RecordSet:
@@ -214,12 +219,16 @@ def assign_splits(drawings: list[Drawing], clusters: list[int]) -> list[str]:
 
 
 def _first_choice(drawing: Drawing, num_tones: int) -> str:
-    if _hash_share("novel", drawing.concept) < NOVEL_SHARE:
+    if _is_novel(drawing.concept):
         return "validation" if _hash_share("novel validation", drawing.concept) < VALIDATION_SHARE else "novel"
     if drawing.tones and num_tones >= 5 and _is_held_out_combination(drawing):
         unit = f"{drawing.concept} {drawing.tones}"
         return "validation" if _hash_share("composed validation", unit) < VALIDATION_SHARE else "composed"
     return "train"
+
+
+def _is_novel(concept: str) -> bool:
+    return _hash_share("novel", concept) < NOVEL_SHARE
 
 
 def _is_held_out_combination(drawing: Drawing) -> bool:
@@ -237,24 +246,23 @@ def _hash_share(purpose: str, text: str) -> float:
 
 
 def _clusters_to_train(drawings: list[Drawing], clusters: list[int], splits: list[str]) -> bool:
-    """Moves look-alikes that straddle splits into training, and with a novel one its whole concept."""
+    """Moves look-alikes that straddle splits into training, each with all of its unit."""
     splits_of = defaultdict(set)
     for cluster, split in zip(clusters, splits, strict=True):
         splits_of[cluster].add(split)
-    straddling = [i for i, cluster in enumerate(clusters) if len(splits_of[cluster]) > 1 and splits[i] != "train"]
-    concepts = {drawings[i].concept for i in straddling if _hash_share("novel", drawings[i].concept) < NOVEL_SHARE}
-    return _move(splits, lambda i: i in straddling or drawings[i].concept in concepts)
+    straddling = {
+        drawing.unit for drawing, cluster in zip(drawings, clusters, strict=True) if len(splits_of[cluster]) > 1
+    }
+    return _move(splits, lambda i: drawings[i].unit in straddling)
 
 
 def _unseen_words_to_train(drawings: list[Drawing], splits: list[str]) -> bool:
-    """Moves a held-out combination with a word that training lacks into training."""
+    """Moves held-out combinations with a word that training lacks into training."""
     seen = {
         word for drawing, split in zip(drawings, splits, strict=True) if split == "train" for word in words(drawing)
     }
-    return _move(
-        splits,
-        lambda i: _hash_share("novel", drawings[i].concept) >= NOVEL_SHARE and not words(drawings[i]) <= seen,
-    )
+    unseen = {drawing.unit for drawing in drawings if not _is_novel(drawing.concept) and not words(drawing) <= seen}
+    return _move(splits, lambda i: drawings[i].unit in unseen)
 
 
 def words(drawing: Drawing) -> set[str]:

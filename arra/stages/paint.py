@@ -109,7 +109,7 @@ def paint_prompts(
         lines.append(json.dumps(row, ensure_ascii=False))
     atomic_write(out / "samples.jsonl", "\n".join(lines) + "\n")
     images = result.images.numpy().reshape(len(prompts), len(seeds), *result.images.shape[1:])
-    column = GridColumn(label=loaded.run.path.name, images=images)
+    column = GridColumn(label=loaded.run.path.resolve().name, images=images)
     atomic_write(out / "grid.png", png_bytes(sample_grid([column], captions=list(prompts))))
     return [*written, out / "grid.png"]
 

@@ -1,7 +1,8 @@
 """Text tokenizers: a prompt becomes ids of the prefix. Byte-pair encoding through Hugging Face `tokenizers`.
 
 Prompts are lower-cased, punctuation counts as space and English articles are dropped ("a red heart" is "red heart");
-what training never saw falls into smaller pieces, so every prompt has ids and none can become a special token.
+what training never saw falls into smaller pieces, so every word of any language has ids, and no prompt can become a
+special token. Emoji and other signs are no words: a prompt of these alone has no ids.
 """
 
 from collections.abc import Iterable

@@ -195,6 +195,6 @@ def test_the_packaged_tokenizer_paints_what_it_saw() -> None:
     assert codes.shape == (7, 8, 8)
     mse = (packaged.decode(codes).double() - pixels.double()).div(255).square().mean((1, 2, 3))
     psnr_db = -10 * mse.log10()
-    assert psnr_db[:6].mean() > 21
-    assert psnr_db[6] > 14
+    assert psnr_db[:6].mean() > 24
+    assert psnr_db[6] > 15
     assert codes.unique().numel() > 100

@@ -1,5 +1,7 @@
 """Muon against torch's own, and which tensors which optimiser moves."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -86,7 +88,7 @@ def test_rate_warms_up_and_ends_low() -> None:
     s = TrainSettings(steps=100, learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1)
     rates = [learning_rate(step, s) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
     constant = TrainSettings(steps=100, learning_rate=1.0, warmup_steps=10, schedule="constant")
     assert learning_rate(99, constant) == 1.0
