@@ -74,6 +74,8 @@ class Batches:
     alternative_share: float
     """Share of rows that use one of the record's alternative texts, where it has any."""
     seed: int
+    word_dropout: float = 0.0
+    """Share of a prompt's ids left out, each on its own, so that a model cannot learn captions as a whole by heart."""
 
     def batch(self, step: int) -> TrainBatch:
         """The batch of a step, counted from 0."""
@@ -82,6 +84,12 @@ class Batches:
         # drawn whole even where nothing is replaced, so settings do not shift each other's randomness
         chance = torch.rand(self.batch_size, 3, generator=generator(self.seed, "condition", step))
         prompts = [self._prompt(int(row), *draws.tolist()) for row, draws in zip(rows, chance, strict=True)]
+        kept = torch.rand(self.batch_size, self.prefix_length, generator=generator(self.seed, "words", step))
+        if self.word_dropout:
+            prompts = [
+                [each for each, share in zip(ids, shares, strict=False) if share >= self.word_dropout]
+                for ids, shares in zip(prompts, kept.tolist(), strict=True)
+            ]
         return text_batch(
             prompts,
             self.codes[rows],

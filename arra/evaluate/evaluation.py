@@ -77,6 +77,7 @@ def evaluate_model(
                 prompts=split.prompts,
                 seeds=[settings.seed + i for i in range(len(split.prompts))],
                 cfg_scale=scale,
+                temperature=settings.temperature,
                 batch_size=settings.batch_size,
             )
             assert result.images is not None

@@ -12,6 +12,8 @@ class EvaluateSettings(Settings):
     """Held-out splits; neither was used for any choice during training."""
     cfg_scales: tuple[float, ...] = (1.0, 2.0)
     """Guidance of the generated pictures; 1 is off."""
+    temperature: float = Field(1.0, ge=0)
+    """Of the painted pictures; below 1 they are cleaner and less varied."""
     max_images: int | None = Field(None, gt=1)
     """At most this many pictures per split, evenly spaced; null is all of them."""
     num_resamples: int = Field(200, gt=1)

@@ -227,7 +227,7 @@ def protocol_of(
         "store_sha256": None if store is None else store.manifest_hash("codes", "pixels"),
         "splits": ",".join(settings.splits),
         "cfg_scales": ",".join(f"{scale:g}" for scale in settings.cfg_scales),
-        "temperature": 1.0,
+        "temperature": settings.temperature,
         "max_images": settings.max_images,
         "frechet_components": settings.frechet_components,
         "num_resamples": settings.num_resamples,
@@ -255,6 +255,7 @@ def paint_grid(loaded: LoadedRun, split: HeldOutSplit) -> dict[str, Tensor]:
             prompts=[prompt for prompt in prompts for _ in seeds],
             seeds=seeds * len(prompts),
             cfg_scale=scale,
+            temperature=settings.temperature,
             batch_size=settings.batch_size,
         )
         assert result.images is not None

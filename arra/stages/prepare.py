@@ -32,9 +32,18 @@ CHUNK = 128
 
 
 def load_records(recipe: Recipe) -> RecordSet:
-    """The record set that the recipe names."""
+    """The record set that the recipe names.
+
+    Raises:
+        ArraError: the pictures are not as they should be, or the cache cannot be written.
+    """
     if recipe.data.source == "openmoji":
-        return load_openmoji()
+        try:
+            return load_openmoji()
+        except ArraError as error:
+            if isinstance(error.__cause__, OSError):  # --out, which other failed writes advise, is no help here
+                raise ArraError(f"{str(error).partition(';')[0]}; set ARRA_CACHE to another folder") from error
+            raise
     return load_folder(Path(str(recipe.data.path)))
 
 

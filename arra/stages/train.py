@@ -4,6 +4,7 @@ Legend: N records, P image positions, F feature.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def training_data(recipe: Recipe, store: Store, tokenizer: ImageTokenizer) -> Tr
         batch_size=recipe.train.batch_size,
         condition_dropout=recipe.train.condition_dropout,
         alternative_share=recipe.train.alternative_share,
+        word_dropout=recipe.train.word_dropout,
         seed=recipe.train.seed,
     )
     held_out = [
@@ -150,7 +152,8 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
     }
     begun = (folder / "recipe.yaml").is_file()
     if begun and is_finished(run := Run.create(folder, dump_recipe(recipe), manifest), recipe):
-        note_store(folder, store)
+        with suppress(ArraError):  # it may lie on a read-only disk
+            note_store(folder, store)
         return run
     data = training_data(recipe, store, tokenizer)  # first: a recipe that does not fit its data leaves no run behind
     run = Run.create(folder, dump_recipe(recipe), manifest)
@@ -178,7 +181,12 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
             run=run,
             preview=_previewer(recipe, data, run) if previews else None,
         )
-        trainer.train()
+        try:
+            trainer.train()
+        except FloatingPointError as error:
+            raise ArraError(
+                f"{folder}: training diverged at {error}; lower train.learning_rate or lengthen train.warmup_steps"
+            ) from error
         with trainer.averaged():
             save_model(model, folder)  # the projector stays behind in the checkpoints
     return run

@@ -51,6 +51,8 @@ class TrainSettings(Settings):
     """Share of prompts replaced by the empty one, so that guidance has its unconditional model."""
     alternative_share: float = Field(0.3, ge=0, le=1)
     """Share of prompts replaced by another name of the same picture, where it has one."""
+    word_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of a prompt's text ids left out, each on its own: words must count singly, not captions as a whole."""
     ema_decay: float | None = Field(None, ge=0, lt=1)
     """Decay of averaged weights; when set, these are validated and saved as the model."""
     seed: int = Field(0, ge=0)
