@@ -23,7 +23,7 @@ def test_importing_costs_nothing_and_names_are_listed():
     for name in arra.__all__:
         assert getattr(arra, name).__name__ == name
     with pytest.raises(AttributeError, match="module 'arra' has no attribute 'load_modle'"):
-        arra.load_modle  # type: ignore[attr-defined]  # noqa: B018
+        arra.load_modle  # noqa: B018
 
 
 def test_a_run_folder_is_a_model(pipeline, tmp_path: Path):
