@@ -219,6 +219,10 @@ def test_damaged_weights_are_told(pipeline, toy_copy):
     with pytest.raises(ArraError) as error:
         load_run(toy_copy.aligned)
     assert line_of(error).startswith(f"{weights}: not a readable safetensors file")
+    assert line_of(error).endswith("model.json and run the training again: it continues from its checkpoint")
+    (toy_copy.aligned / "model.json").unlink()
+    train(recipe_of(toy_copy.aligned), Store.open(toy_copy.store), toy_copy.aligned)
+    assert file_hash(weights) == file_hash(pipeline.aligned / "model.safetensors")
 
 
 def test_a_tokenizer_is_trained_into_the_store_and_travels_with_the_run(
@@ -342,6 +346,10 @@ def test_reports_compare_seeds_of_rows(pipeline, toy_copy, tmp_path: Path):
         evaluate(run.path, threads=1)
         return run.path
 
+    with pytest.raises(ArraError, match="given twice; name each run once"):
+        report([toy_copy.aligned, toy_copy.aligned], tmp_path / "page", title="toy")
+    same_row = report([pipeline.aligned, toy_copy.aligned], tmp_path / "page", title="toy").read_text()
+    assert str(pipeline.aligned) in same_row  # two runs of one row and seed are told apart by their folders
     second = [another_seed(folder) for folder in (toy_copy.baseline, toy_copy.aligned)]
     with pytest.raises(ArraError, match="share no training seed"):
         report([toy_copy.baseline, second[1]], tmp_path / "page", title="toy")

@@ -65,7 +65,14 @@ def load_run(folder: Path) -> LoadedRun:
             f"{str(tokenizer.weights_hash)[:12]}; install the version of arra that trained it, or train again"
         )
     store = find_store(folder, columns_of(recipe), manifest["store_sha256"])
-    return LoadedRun(run, recipe, load_model(folder), tokenizer, store)
+    try:
+        model = load_model(folder)
+    except ArraError as error:
+        raise ArraError(
+            f"{str(error).rpartition(';')[0]}; delete {folder / 'model.json'} and run the training again: it continues "
+            "from its checkpoint"
+        ) from error
+    return LoadedRun(run, recipe, model, tokenizer, store)
 
 
 def paint_prompts(

@@ -30,7 +30,7 @@ def report(folders: Sequence[Path], out: Path, *, title: str, timings: Sequence[
     """
     loaded = [load_run(folder) for folder in folders]
     evaluations = {folder: Evaluation.load(folder) for folder in folders}
-    labels = [one.recipe.row or folder.name for one, folder in zip(loaded, folders, strict=True)]
+    labels = run_labels(loaded)
     pictures = [painted_pictures(folder) for folder in folders]
     split_names = loaded[0].recipe.evaluate.splits
     held_out = [grid_references(pictures[0], split) for split in split_names]
@@ -73,6 +73,23 @@ def report(folders: Sequence[Path], out: Path, *, title: str, timings: Sequence[
     columns += [GridColumn(label=label, images=images) for label, images in shown]
     atomic_write(out / "grid.png", png_bytes(readme_grid(columns, captions=held_out[0].prompts)))
     return page
+
+
+def run_labels(loaded: Sequence[LoadedRun]) -> list[str]:
+    """What each run is called: its row; where that does not tell two runs of one seed apart, its folder.
+
+    Raises:
+        ArraError: a run is given twice.
+    """
+    paths = [one.run.path.resolve() for one in loaded]
+    if twice := [str(path) for place, path in enumerate(paths) if path in paths[:place]]:
+        raise ArraError(f"{twice[0]}: given twice; name each run once")
+    seeds = [one.recipe.train.seed for one in loaded]
+    rows = [one.recipe.row or path.name for one, path in zip(loaded, paths, strict=True)]
+    for names in (rows, [path.name for path in paths]):
+        if len(set(zip(names, seeds, strict=True))) == len(paths):
+            return names
+    return [str(one.run.path) for one in loaded]
 
 
 def painted_pictures(folder: Path) -> dict[str, Tensor]:
