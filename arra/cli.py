@@ -5,7 +5,7 @@ Heavy imports happen inside the commands, so that `arra --help` answers at once.
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+data = typer.Typer(
+    name="data",
+    help="Look at data before and after preparation: check, show, verify, export.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data)
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change one key of the recipe; may be repeated.")
@@ -61,24 +69,225 @@ def demo(
     run_demo(options, out, console=_console())
 
 
+StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="local: loader processes here; ray: actors of a Ray cluster (extra 'ray').")
+]
+ShardOption = Annotated[
+    str | None, typer.Option("--shard", metavar="i/n", help="Make the i-th of n parts (from 0), for job arrays.")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=0, help="Loader processes, or actors; default: the cores but one.")
+]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures per batch of the networks.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")]
+RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Make records again that failed before.")]
+
+
 @app.command()
 def prepare(
     recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a built-in one.")],
-    store: Annotated[Path, typer.Option("--store", help="Folder of the store.")] = Path("runs/store"),
+    store: StoreOption = Path("runs/store"),
     row: RowOption = None,
+    engine: EngineOption = "local",
+    shard: ShardOption = None,
+    workers: WorkersOption = None,
+    batch_size: BatchOption = 32,
+    threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
+    retry_failed: RetryOption = False,
     overrides: SetOption = None,
 ) -> None:
-    """Pictures to codes and features, once; columns that are there stay.
+    """Pictures to codes and features, once; columns that are there stay, a killed run continues.
+
+    Ends with code 1 if more items failed than data.max_failed_fraction allows; failures.jsonl lists them.
 
     Example: arra prepare demo --store runs/store
     """
+    options = (engine, shard, workers, batch_size, threads, device, retry_failed)
+    _prepare(recipe, store, row, options, overrides, only=None)
+
+
+@app.command()
+def tokenize(
+    recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a built-in one.")],
+    store: StoreOption = Path("runs/store"),
+    row: RowOption = None,
+    engine: EngineOption = "local",
+    shard: ShardOption = None,
+    workers: WorkersOption = None,
+    batch_size: BatchOption = 32,
+    threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
+    retry_failed: RetryOption = False,
+    overrides: SetOption = None,
+) -> None:
+    """The codes alone: what `arra prepare` does, without the encoder's features.
+
+    Example: arra tokenize demo --store runs/store
+    """
+    options = (engine, shard, workers, batch_size, threads, device, retry_failed)
+    _prepare(recipe, store, row, options, overrides, only=("codes",))
+
+
+@app.command()
+def extract(
+    recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a built-in one.")],
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", help="An encoder of `arra list encoders`; default: the recipe's teacher.")
+    ] = None,
+    store: StoreOption = Path("runs/store"),
+    row: RowOption = None,
+    engine: EngineOption = "local",
+    shard: ShardOption = None,
+    workers: WorkersOption = None,
+    batch_size: BatchOption = 32,
+    threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
+    retry_failed: RetryOption = False,
+    overrides: SetOption = None,
+) -> None:
+    """The features of one encoder alone: adds a column and touches nothing else.
+
+    Example: arra extract demo --encoder efficientnet-lite1 --store runs/store
+    """
+    options = (engine, shard, workers, batch_size, threads, device, retry_failed)
+    chosen = [*(overrides or ()), *([] if encoder is None else [f"encoder.teacher={encoder}"])]
+    _prepare(recipe, store, row, options, chosen, only=("features",))
+
+
+def _prepare(
+    recipe: str,
+    store: Path,
+    row: str | None,
+    options: tuple[Any, ...],
+    overrides: list[str] | None,
+    *,
+    only: tuple[str, ...] | None,
+) -> None:
     from arra.config import load_recipe
     from arra.display import Display
+    from arra.stages.prepare import parse_options, summary_table
     from arra.stages.prepare import prepare as prepare_store
 
     loaded = load_recipe(recipe, row=row, overrides=overrides or ())
+    console = _console()
+    with Display(console) as display:
+        found = prepare_store(loaded, store, options=parse_options(*options), only=only, progress=display.row("data"))
+    console.print(summary_table(found))
+    if found.failed:
+        listed = store / "failures.jsonl"
+        console.print(f"what failed, and why: {listed}", highlight=False, markup=False, soft_wrap=True)
+    if not found.ok:
+        typer.echo(found.verdict, err=True)
+        raise typer.Exit(1)
+
+
+@data.command()
+def check(
+    path: Annotated[str, typer.Argument(help="A folder or file of data, or a recipe file or name.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for check.html and lists.")] = Path("runs/check"),
+    kind: Annotated[
+        str | None, typer.Option("--kind", help="A kind of `arra list sources`; default: what PATH looks like.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", help="In place of the recipe's; its file: --set tokenizer.weights=PATH."),
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", help="The judge in whose features reconstructions are compared.")
+    ] = None,
+    max_images: Annotated[
+        int, typer.Option("--max-images", min=0, help="Pictures through the tokenizer; 0 leaves that out.")
+    ] = 1000,
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+    overrides: SetOption = None,
+) -> None:
+    """What is wrong with a set of pictures: broken, leaked, too long, too small, destroyed by the tokenizer.
+
+    Ends with code 1 if training should not begin yet.
+
+    Example: arra data check my_pictures
+    """
+    from arra.display import Display
+    from arra.stages.check import check_data, summary
+
+    console = _console()
+    with Display(console) as display:
+        checked = check_data(
+            path,
+            out=out,
+            kind=kind,
+            overrides=overrides or (),
+            tokenizer=tokenizer,
+            encoder=encoder,
+            max_images=max_images,
+            workers=workers,
+            device=device,
+            progress=display.row("check"),
+        )
+    console.print(summary(checked))
+    raise typer.Exit(0 if checked.ok else 1)
+
+
+@data.command()
+def show(store: Annotated[str, typer.Argument(help="A store, or an export: a folder or a URL.")]) -> None:
+    """What is in a store: its columns, who made them, what failed.
+
+    Example: arra data show runs/store
+    """
+    from arra.data.store import Store
+    from arra.stages.export import describe_store
+
+    _console().print(describe_store(Store.open(store)))
+
+
+@data.command()
+def verify(store: Annotated[str, typer.Argument(help="A store, or an export: a folder or a URL.")]) -> None:
+    """Hash every file of a store; exit code 1 if one is damaged.
+
+    Example: arra data verify runs/store
+    """
+    from arra.data.store import Store
+    from arra.display import Display
+    from arra.stages.export import verify_store
+
     with Display(_console()) as display:
-        prepare_store(loaded, store, progress=lambda what, done, total: display.show("data", what, done, total))
+        found = verify_store(Store.open(store), progress=display.row("verify"))
+    for line in found.damaged:
+        typer.echo(line, err=True)
+    typer.echo(f"{found.files} files, {found.bytes / 2**20:.1f} MiB: {len(found.damaged)} damaged")
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@data.command()
+def export(
+    store: Annotated[str, typer.Argument(help="Folder of the store.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be new.")],
+    columns: Annotated[
+        str | None, typer.Option("--columns", help="Columns, as in codes,features.x; default: all but pixels.")
+    ] = None,
+    rows_per_group: Annotated[
+        int, typer.Option("--rows-per-group", min=1, help="Records that are fetched together.")
+    ] = 1024,
+) -> None:
+    """A copy of a store to publish and to train from afar: Parquet files, hashes, a data card. No pictures in it.
+
+    Example: arra data export runs/store exports/mine
+    """
+    from arra.data.store import Store
+    from arra.display import Display
+    from arra.stages.export import export_store
+
+    names = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+    with Display(_console()) as display:
+        found = export_store(
+            Store.open(store), out, columns=names, rows_per_group=rows_per_group, progress=display.row("export")
+        )
+    typer.echo(str(found))
 
 
 @app.command()
@@ -158,7 +367,7 @@ def evaluate(
             evaluation = evaluate_run(
                 run,
                 threads=threads,
-                progress=lambda what, done, total: display.show("evaluate", what, done, total),
+                progress=display.row("evaluate"),
             )
         console.print(results_table(evaluation))
 

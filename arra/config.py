@@ -17,6 +17,9 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from arra.data.crops import CropSettings
+from arra.data.records import Source
+from arra.data.sources import AnySource, SourceKind, expand_sources, source_of
 from arra.encoders import SPECS
 from arra.errors import ArraError
 from arra.evaluate.settings import EvaluateSettings
@@ -33,22 +36,59 @@ Path_ = tuple[str | int, ...]
 
 
 class DataSection(Settings):
-    """Where the pictures come from."""
+    """Where the pictures come from, and how they are cropped."""
 
-    source: Literal["openmoji", "folder"] = "openmoji"
-    """openmoji: the embedded set; folder: captioned pictures in `path`."""
+    source: SourceKind = "openmoji"
+    """openmoji: the embedded set; auto: what `path` looks like; or a kind, as `arra list sources` tells them."""
     path: str | None = None
-    """Folder of captioned pictures: metadata.jsonl, metadata.csv, or a .txt beside each picture."""
+    """File or folder of the source."""
+    sources: tuple[AnySource, ...] | None = None
+    """Several sources, or one with options of its own, in place of `source` and `path`."""
     image_size: int = Field(32, gt=0)
     """Pixels per side that the tokenizer sees and the model paints."""
     encoder_image_size: int = Field(128, gt=0)
     """Pixels per side of the same crop that the encoders see."""
+    crop: CropSettings = CropSettings()
+    """The crop that tokenizer and encoder share."""
+    mode: Literal["cached", "online"] = "cached"
+    """cached: codes and features are read from the store; online: made anew from the pictures while training."""
+    store_pixels: bool | None = None
+    """Whether the store keeps the centre squares as pixels, for the second judge; null: up to 64 pixels a side."""
+    features_dtype: Literal["float32", "float16"] = "float32"
+    """Type that features are stored in."""
+    shard_records: int | None = Field(None, gt=0)
+    """Records per file of the store; null: a power of two that gives at most 256 files a column."""
+    max_failed_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of the items that may fail; with more the store is not finished and the command ends with code 1."""
 
     @model_validator(mode="after")
-    def _path_for_folder(self) -> "DataSection":
-        if (self.source == "folder") != (self.path is not None):
-            raise ValueError("'source: folder' and 'path' go together; give both or neither")
+    def _one_way_to_name_it(self) -> "DataSection":
+        if self.sources is not None:
+            if self.path is not None or self.source != "openmoji":
+                raise ValueError("'sources' stands in place of 'source' and 'path'; give one or the other")
+            if not self.sources:
+                raise ValueError("'sources' is empty; name at least one")
+        elif (self.source != "openmoji") != (self.path is not None):
+            raise ValueError(f"'source: {self.source}' and 'path' go together; give both or neither")
+        if self.crop.kind == "random" and self.mode == "cached":
+            raise ValueError("'crop: random' is drawn anew every time; it needs 'mode: online'")
         return self
+
+    @property
+    def all_sources(self) -> tuple[Source, ...]:
+        """The sources, however they are named.
+
+        Raises:
+            ArraError: `auto` cannot tell what the path is.
+        """
+        if self.sources is not None:
+            return expand_sources(self.sources)
+        return expand_sources([source_of(self.source, self.path)])
+
+    @property
+    def keeps_pixels(self) -> bool:
+        """Whether the store keeps the centre squares as pixels."""
+        return self.image_size <= 64 if self.store_pixels is None else self.store_pixels
 
 
 class TokenizerSection(Settings):
@@ -56,6 +96,8 @@ class TokenizerSection(Settings):
 
     name: str = EMBEDDED
     """A known name or a tokenizer folder; the weights training starts from, unless `network` is given."""
+    weights: str | None = None
+    """Checkpoint file of a published tokenizer (`name: llamagen-vq16`)."""
     network: VQSettings | None = None
     """A fresh network of this shape in place of known weights; needs `train`."""
     train: TokenizerTrainSettings | None = None

@@ -35,12 +35,13 @@ from arra.errors import ArraError
 from arra.evaluate.card import CARD_FILE, Evaluation
 from arra.evaluate.compare import Difference, SeedDifference
 from arra.runs import Run, atomic_write, writing
+from arra.stages.captions import caption_lengths
 from arra.stages.evaluate import held_out_splits, prepare_caption_judge
 from arra.stages.paint import load_run
 from arra.stages.prepare import prepare
-from arra.stages.process import PARENT, SECONDS_FOR_ORPHANS, Progress
+from arra.stages.process import PARENT, SECONDS_FOR_ORPHANS
 from arra.stages.report import compare_rows, report
-from arra.stages.train import caption_lengths, is_finished
+from arra.stages.train import is_finished
 
 DEMO_RECIPE = recipes_folder() / "demo.yaml"
 """By its path: the name alone would find a folder `demo` in the working folder."""
@@ -59,6 +60,7 @@ FOLDER_TOKENIZER_STEPS = 800
 SECONDS_BESIDE_TRAINING = 150
 """What `--minutes` sets aside for everything that is no training."""
 PROBE_STEPS = 20
+MIN_RECORDS = 40
 MAX_PREFIX_LENGTH = 128
 """A caption that needs more text positions than this is told, not trained on: it would slow every step."""
 
@@ -115,11 +117,14 @@ def run_stages(options: DemoOptions, recipe: Recipe, out: Path, display: Display
     clock, console, page = Clock(out / "timings.json"), display.console, out / "report.html"
     set_threads(1)  # on a few shared cores a second thread of one process waits more than it works
 
-    def progress(what: str, done: int, total: int) -> None:
-        display.show("data", what, done, total)
-
     with nullcontext() if page.is_file() else clock.stage("prepare"):
-        store = prepare(recipe, out / "store", progress=progress)
+        found = prepare(
+            recipe,
+            out / "store",
+            accept=lambda records: check_splits(records, recipe),
+            progress=display.row("data"),
+        )
+        store = found.checked()
     console.print(split_line(store.manifest()["records"]["splits"]), highlight=False)
     derived = [*recipe_overrides(options), *store_overrides(options, recipe, store)]
     derived += budget(options, derived, out, display)
@@ -132,7 +137,7 @@ def run_stages(options: DemoOptions, recipe: Recipe, out: Path, display: Display
             train_all(tasks, out / "store", display)
         with clock.stage("evaluate"):
             first = load_run(tasks[0].folder)
-            judging: Progress = lambda what, done, total: display.show("judges", what, done, total)  # noqa: E731
+            judging = display.row("judges")
             prepare_caption_judge(first, progress=judging)
             held_out_splits(first, progress=judging)
             judging("ready", 1, 1)
@@ -148,10 +153,29 @@ def run_stages(options: DemoOptions, recipe: Recipe, out: Path, display: Display
     return page
 
 
+def check_splits(store: Store, recipe: Recipe) -> None:
+    """Nothing.
+
+    Raises:
+        ArraError: the pictures are too few, or a split that the demo needs has none.
+    """
+    name, splits = recipe.data.path or recipe.data.source, store.about["splits"]
+    if len(store) < MIN_RECORDS:
+        raise ArraError(f"{name}: {len(store)} captioned pictures; at least {MIN_RECORDS} are needed for three splits")
+    for split in ("train", "validation"):
+        if split not in splits:
+            raise ArraError(
+                f"{name}: no record in split '{split}'; it has {', '.join(splits)}; name some '{split}' in the "
+                "metadata's split column"
+            )
+    if len(splits) < 3:
+        raise ArraError(f"{name}: no held-out split besides validation; name one 'heldout' in the split column")
+
+
 def recipe_overrides(options: DemoOptions) -> Iterator[str]:
     """The `--set` arguments that options stand for."""
     if options.data is not None:
-        yield "data.source=folder"
+        yield "data.source=auto"
         yield f"data.path={json.dumps(options.data)}"
     if options.fresh_tokenizer:
         network = load_recipe(recipes_folder() / "tokenizer.yaml").tokenizer

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -48,20 +49,30 @@ class Display:
     ) -> None:
         self.progress.stop()
 
+    def row(self, name: str) -> Callable[..., None]:
+        """What a stage calls to tell its progress, shown in the row of this name."""
+
+        def tell(what: str, done: int, total: int, note: str = "") -> None:
+            self.show(name, what, done, total, note)
+
+        return tell
+
     def show(self, row: str, what: str, done: int, total: int, note: str = "") -> None:
         """Sets a row to `done` of `total`, with what is going on and a note (loss, images per second)."""
         if not self.console.is_terminal:
             self._line(row, what, done, total, note)
             return
         if row not in self.rows:
-            self.rows[row] = self.progress.add_task(f"{row}: {what}", total=total, note=note)
-        self.progress.update(self.rows[row], description=f"{row}: {what}", completed=done, total=total, note=note)
+            self.rows[row] = self.progress.add_task(f"{row}: {what}", total=total or None, note=note)
+        self.progress.update(
+            self.rows[row], description=f"{row}: {what}", completed=done, total=total or None, note=note
+        )
 
     def _line(self, row: str, what: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
-        if done < total and now - self.last_time.get(row, -math.inf) < self.interval:
+        if (done < total or not total) and now - self.last_time.get(row, -math.inf) < self.interval:
             return
-        count = f" {done}/{total}" if total > 1 else ""
+        count = f" {done}/{total}" if total > 1 else f" {done}" if done and not total else ""
         line = f"{row}: {what}{count}{'  ' + note if note else ''}"
         if line != self.last_line.get(row):
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)

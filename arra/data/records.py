@@ -1,96 +1,254 @@
-"""What the pipeline is about: one record per picture, and ordered sets of them.
+"""What the pipeline is about: one record per picture, and the sources that yield records.
 
-First stage of the pipeline; every source (embedded set, folder, ...) yields these.
+First stage of the pipeline. A source tells of every item it meets: a `Record`, a `Failure` (what is wrong, where), or a
+`Skipped` (left out by a rule the user knows of). Nothing is left out in silence: in = records + failures + skipped.
 """
 
-import hashlib
+import errno
 import io
 import json
+import os
+import stat
+import struct
+import tarfile
 import warnings
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from PIL import Image
+from pydantic import Field
 
-from arra.data.images import to_rgb
+from arra.data.images import FORMATS, Grey16, to_rgb
 from arra.errors import ArraError
+from arra.settings import Settings
+
+MAX_IMAGE_BYTES = 512 * 2**20
+"""Encoded pictures larger than this are refused unread."""
+
+BROKEN_PICTURE = (
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, MemoryError,
+    RuntimeError, AssertionError, EOFError, struct.error, zlib.error, tarfile.TarError, Image.DecompressionBombError,
+)  # fmt: skip
+"""What reading and decoding hostile bytes may raise: Pillow's decoders raise nearly anything."""
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """Where the encoded bytes of a picture lie."""
+
+    kind: Literal["file", "slice", "parquet", "dataset", "stream", "embedded"]
+    """A whole file; bytes of a file (a member of a tar); a cell of a Parquet file, of a Hugging Face data set saved on
+    disk, or the item of a streamed one; a cell of the embedded set, wherever its cache lies."""
+    path: str
+    place: int = 0
+    """First byte of a slice, row number of a cell, number of a streamed item."""
+    size: int = 0
+    """Bytes of a slice."""
+    column: str = ""
+    """Column of a cell."""
+
+    def text(self) -> str:
+        """The reference as one JSON line; `parse` reads it back."""
+        return json.dumps([self.kind, self.path, self.place, self.size, self.column], ensure_ascii=False)
+
+    @classmethod
+    def parse(cls, text: str) -> "ImageRef":
+        return cls(*json.loads(text))
+
+    def __str__(self) -> str:
+        inside = {"slice": f" at byte {self.place}", "file": ""}.get(self.kind, f" row {self.place}")
+        return f"{self.path}{inside}"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One picture with its text."""
+    """One picture with its text, its class, or both."""
 
     id: str
-    prompt: str
-    split: str
-    image: Path | bytes
-    """A file, or an encoded picture (PNG) held in memory."""
+    """Unique within its source; names the record in the store, in failures and in reports."""
+    image: ImageRef | None
+    """None where a source gives codes in place of pictures."""
+    prompt: str = ""
+    """Empty only where there is a label."""
+    split: str = ""
+    """Empty where the source names none; the index then gives one by a hash."""
+    label: int | None = None
+    """Class number, into the source's `class_names()`."""
     alternatives: tuple[str, ...] = ()
-    """Other names of the same picture; training may use them in place of `prompt`, evaluation never does."""
+    """Other texts of the same picture; training may use them in place of `prompt`, evaluation never does."""
     group: str = ""
     """Pictures of one group are variants of each other; intervals resample whole groups. Empty: a group of its own."""
+    where: str = field(default="", compare=False)
+    """File and line the record was read from, for messages."""
 
 
 @dataclass(frozen=True)
-class RecordSet:
-    """Records in a fixed order, with what every later stage needs to say about them."""
+class Failure:
+    """An item that is not as it should be: it counts against `max_failed_fraction`."""
 
-    name: str
-    records: tuple[Record, ...]
-    attribution: str = ""
-    """Credit line that must stand beside the pictures, empty where none is asked for."""
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def split_indices(self, split: str) -> list[int]:
-        return [i for i, record in enumerate(self.records) if record.split == split]
-
-    def splits(self) -> dict[str, int]:
-        """Number of records per split, in order of first appearance."""
-        counts: dict[str, int] = {}
-        for record in self.records:
-            counts[record.split] = counts.get(record.split, 0) + 1
-        return counts
-
-    def content_hash(self) -> str:
-        """SHA-256 over ids, texts, splits and picture bytes: the identity that the store is keyed by."""
-        digest = hashlib.sha256()
-        for record in self.records:
-            texts = [record.id, record.prompt, record.split, record.group, *record.alternatives]
-            digest.update(json.dumps(texts).encode())
-            digest.update(hashlib.sha256(image_bytes(record)).digest())
-        return digest.hexdigest()
+    id: str
+    """The record's id, or the file and line where it has none."""
+    where: str
+    reason: str
 
 
-def image_bytes(record: Record) -> bytes:
-    """Encoded bytes of a record's picture.
+@dataclass(frozen=True)
+class Skipped:
+    """An item that a rule leaves out (another view, another split); it is counted and listed, and is no failure."""
+
+    id: str
+    where: str
+    reason: str
+
+
+Found = Record | Failure | Skipped
+
+
+class Source(Settings):
+    """Base of all sources: settings that can be scanned. Each kind adds `kind: Literal[...]`, fields, and `scan`."""
+
+    path: str
+    split: str | None = Field(None, min_length=1)
+    """Split of all records; null takes what the source says, else a share by hash."""
+    weight: float = Field(1.0, gt=0)
+    """How often an epoch visits each record of this source; 0.5 takes another half every epoch."""
+
+    def scan(self) -> Iterator[Found]:
+        """Every item in the source's own fixed order, without decoding a picture.
+
+        Raises:
+            ArraError: the source itself is missing or not of this kind.
+        """
+        raise NotImplementedError
+
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by label; empty where records have no labels."""
+        return ()
+
+    @property
+    def name(self) -> str:
+        """What reports call the source."""
+        return Path(self.path).resolve().stem
+
+    @property
+    def attribution(self) -> str:
+        """Credit line that must stand beside the pictures; empty where none is asked for."""
+        return ""
+
+
+def inside(root: Path, name: str) -> Path:
+    """The file called `name` below `root`; absolute names are fine if they lie below it.
 
     Raises:
-        ArraError: the file is missing or unreadable.
+        ValueError: it leaves the folder, is no file, or is no name at all; one line that says which.
     """
-    if isinstance(record.image, bytes):
-        return record.image
+    path = root / name
     try:
-        return record.image.read_bytes()
-    except OSError as error:
-        raise ArraError(
-            f"{record.image}: image of record '{record.id}' cannot be read ({error.strerror}); "
-            "restore the file or remove its line from the metadata"
-        ) from error
+        stays = path.resolve().is_relative_to(root.resolve())
+        found = stays and stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        found = False
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null character, a loop of links
+        raise ValueError(f"{name[:80]!r} is no file name ({str(error)[:80]})") from error
+    if not stays:
+        raise ValueError(f"picture {name[:200]!r} leaves {root}; pictures must lie inside it")
+    if not found:
+        raise ValueError(f"picture {name[:200]!r} does not exist in {root}; add it or remove the line")
+    return path
 
 
-def load_image(record: Record) -> Image.Image:
+class ImageReader:
+    """Reads the bytes behind references; keeps open what the next references are likely to need. One per process."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[str, str], Any] = {}
+
+    def read(self, ref: ImageRef) -> bytes:
+        """The encoded picture.
+
+        Raises:
+            OSError, ValueError: the file is missing, unreadable, too large, or the cell holds no picture.
+        """
+        if ref.kind == "file":
+            return _read_slice(ref.path, 0, None)
+        if ref.kind == "slice":
+            return _read_slice(ref.path, ref.place, ref.size)
+        if ref.kind in ("parquet", "embedded"):
+            from arra.data.openmoji import openmoji_file
+            from arra.data.tables import ParquetCells
+
+            def cells() -> ParquetCells:
+                return ParquetCells(ref.path if ref.kind == "parquet" else str(openmoji_file()), ref.column)
+
+            return self._kept((ref.kind, f"{ref.path}\n{ref.column}"), cells)(ref.place)
+        from arra.data.huggingface import DatasetCells, StreamedCells
+
+        kind = DatasetCells if ref.kind == "dataset" else StreamedCells
+        return self._kept((ref.kind, f"{ref.path}\n{ref.column}"), lambda: kind(ref.path, ref.column))(ref.place)
+
+    def _kept(self, key: tuple[str, str], open_it: Any) -> Any:
+        if key not in self._tables:
+            while len(self._tables) >= 4:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[key] = open_it()
+        return self._tables[key]
+
+
+def _read_slice(path: str, start: int, size: int | None) -> bytes:
+    # without waiting: a named pipe in place of a file would be waited for
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        size = about.st_size if size is None else size
+        if size > MAX_IMAGE_BYTES:
+            raise ValueError(f"{size} bytes are more than {MAX_IMAGE_BYTES}")
+        file.seek(start)
+        content = file.read(size)
+    if len(content) < size:
+        raise ValueError(f"ends after {len(content)} of {size} bytes")
+    return content
+
+
+def decode_image(content: bytes, *, grey16: Grey16 = "full") -> Image.Image:
+    """An encoded picture as 8-bit RGB, upright, on white where it was transparent.
+
+    Raises:
+        ValueError: not a picture of a known format, broken, or so large that it looks like a decompression bomb.
+    """
+    if not content:
+        raise ValueError("not a readable image (zero bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken metadata beside sound pixels, and of sizes that to_rgb judges
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                return to_rgb(image, grey16=grey16)
+    except BROKEN_PICTURE as error:
+        raise ValueError(f"not a readable image ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "no picture of a known format"
+    text = " ".join(str(error).split())
+    return (text or type(error).__name__)[:200]
+
+
+def load_image(record: Record, *, reader: ImageReader | None = None) -> Image.Image:
     """The record's picture as 8-bit RGB, upright, on white where it was transparent.
 
     Raises:
         ArraError: the file is missing, no image, or so large that it looks like a decompression bomb.
     """
-    where = str(record.image) if isinstance(record.image, Path) else f"record '{record.id}'"
+    if record.image is None:
+        raise ArraError(f"record '{record.id}': has codes and no picture; use a source with pictures")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of broken metadata beside sound pixels, and of sizes that to_rgb judges
-            with Image.open(io.BytesIO(image_bytes(record))) as image:
-                return to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ArraError(f"{where}: not a readable image ({error}); replace it or remove its line") from error
+        return decode_image((reader or ImageReader()).read(record.image))
+    except BROKEN_PICTURE as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ArraError(
+            f"{record.image}: image of record '{record.id}': {reason}; replace it or remove its line"
+        ) from error

@@ -1,28 +1,42 @@
-"""The store: what preparation leaves for training, one Parquet column set per maker, all keyed by record id.
+"""The store: what preparation leaves for training, Arrow columns keyed by record id, each in a folder of its own.
 
-store/records.parquet     id, prompt, alternatives, split, group
-      NAME.parquet        one column: `pixels`, `codes`, `features.ENCODER`
-      manifest.json       the record set's hash, and who made each column, from which weights, with which crop
+store/manifest.json      the record set: name, sources, splits, classes, hash
+      records/           id, prompt, alternatives, label, split, group, source, image (where the picture lies)
+      NAME/              one column: `pictures`, `pixels`, `codes`, `features.ENCODER`; see `arra/data/columns.py`
+      failures.jsonl     every record without a value and every item that made no record: id, where, reason, stage
+      skipped.jsonl      items that a rule of the source left out
 
-Codes are stored, not token sequences: the layout is applied when a batch is made, so one store serves any model.
-Legend: N records, then the column's own shape: codes (h, w), features (F,), pixels (H, W, 3).
+Codes are stored, not token sequences: the layout is applied when a batch is made, so one store serves any model. Adding
+a column adds a folder and touches nothing else. Legend: N records, then the column's own shape.
 """
 
+import bisect
 import hashlib
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
-from arra.data.records import RecordSet
+from arra.data.cells import ArrowCells, map_table
+from arra.data.columns import ColumnEntry, ColumnReader, ColumnWriter, Shape, read_entry, read_failures
+from arra.data.records import Failure
 from arra.errors import ArraError
-from arra.runs import atomic_file, atomic_write, file_hash
+from arra.runs import atomic_write
 
-ROWS_PER_GROUP = 4096
+FORMAT = 2
+RECORDS = "records"
+COLUMNS_FILE = "columns.json"
+"""Stands in an export, in place of the columns' folders; see `arra/data/remote.py`."""
+CHECKED_BYTES = 2**28
+"""Columns up to this size have their content hashed when they are opened, larger ones their files' sizes; `arra data
+verify` hashes all."""
 
 
 @dataclass(frozen=True)
@@ -32,159 +46,274 @@ class Store:
     path: Path
 
     @classmethod
-    def create(cls, path: Path, records: RecordSet) -> "Store":
-        """A store for these records: a new one, or the one that is there.
+    def open(cls, path: Path | str) -> "Store":
+        """An existing store, or an export of one at a path or URL.
 
         Raises:
-            ArraError: the folder holds the store of another record set, or cannot be written.
+            ArraError: there is none, or it is of another format.
         """
-        store = cls(path)
-        identity = {
-            "name": records.name,
-            "sha256": records.content_hash(),
-            "splits": records.splits(),
-            "attribution": records.attribution,
-        }
-        if store.manifest_path.exists():
-            kept = store.manifest()["records"]
-            if kept["sha256"] != identity["sha256"]:
-                raise ArraError(
-                    f"{path}: made from other records ({kept['name']}, {sum(kept['splits'].values())} pictures) than "
-                    f"given ({records.name}, {len(records)} pictures); use another folder or delete this store"
-                )
-            return store
-        table = pa.table(
-            {
-                "id": [r.id for r in records.records],
-                "prompt": [r.prompt for r in records.records],
-                "alternatives": pa.array([list(r.alternatives) for r in records.records], pa.list_(pa.string())),
-                "split": [r.split for r in records.records],
-                "group": [r.group or r.id for r in records.records],
-            }
-        )
-        with atomic_file(path / "records.parquet") as temporary:
-            pq.write_table(table, temporary)
-        atomic_write(store.manifest_path, json.dumps({"records": identity, "columns": {}}, indent=2) + "\n")
-        return store
+        from arra.data.remote import open_remote, remote_text  # late: an export is a kind of store
 
-    @classmethod
-    def open(cls, path: Path) -> "Store":
-        """An existing store.
-
-        Raises:
-            ArraError: there is none.
-        """
-        if not (path / "manifest.json").is_file():
+        url = remote_text(path)
+        if url is not None or (Path(path) / COLUMNS_FILE).is_file():
+            return open_remote(url or str(Path(path).resolve()))
+        store = cls(Path(path))
+        if not store.manifest_path.is_file():
             raise ArraError(f"{path}: no store here; make one with: arra prepare RECIPE")
-        return cls(path)
+        store.about  # noqa: B018  its errors are this call's
+        return store
 
     @property
     def manifest_path(self) -> Path:
         return self.path / "manifest.json"
 
-    def manifest(self) -> dict[str, Any]:
-        """Identity of the records and of every column."""
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What the manifest says of the records, read once."""
         try:
             content = json.loads(self.manifest_path.read_text(encoding="utf-8"))
-            return {"records": dict(content["records"]), "columns": dict(content["columns"])}
+            found = content["format"], dict(content["records"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArraError(
                 f"{self.manifest_path}: unreadable ({error}); delete the store and prepare again"
             ) from error
+        if found[0] != FORMAT:
+            raise ArraError(
+                f"{self.manifest_path}: a store of format {found[0]}, this version reads format {FORMAT}; "
+                "prepare again in another folder"
+            )
+        return found[1]
+
+    def __len__(self) -> int:
+        return int(sum(self.about["shards"]))
+
+    @property
+    def place(self) -> str:
+        """Where the store lies: a path, or the URL of an export."""
+        return str(self.path.resolve())
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.about["shards"])
+
+    def shard_rows(self, shard: int) -> range:
+        """Row numbers of a shard's records."""
+        start = sum(self.about["shards"][:shard])
+        return range(start, start + self.about["shards"][shard])
+
+    def records_of(self, shard: int) -> pa.Table:
+        """The records of a shard, memory-mapped."""
+        return map_table(self.path / RECORDS / f"{shard:05d}.arrow")
+
+    @cached_property
+    def shard_starts(self) -> list[int]:
+        """Row number of every shard's first record, then the number of records."""
+        return [0, *accumulate(self.about["shards"])]
+
+    @cached_property
+    def _cells(self) -> dict[int, ArrowCells]:
+        return {}
+
+    def fields(self, row: int, *names: str) -> tuple[Any, ...]:
+        """The named fields of one record."""
+        shard = bisect.bisect_right(self.shard_starts, row) - 1
+        if shard not in self._cells:
+            self._cells[shard] = ArrowCells(self.path / RECORDS / f"{shard:05d}.arrow")
+        return tuple(self._cells[shard].get(name, row - self.shard_starts[shard]) for name in names)
+
+    def column_names(self) -> list[str]:
+        """Names of the published columns."""
+        return sorted(
+            path.parent.name for path in self.path.glob("*/column.json") if not path.parent.name.startswith(".")
+        )
+
+    def entry(self, name: str) -> ColumnEntry | None:
+        """Who made a column, and of what it is made; None if it is not there."""
+        return read_entry(self.path / name)
+
+    def manifest(self) -> dict[str, Any]:
+        """Identity of the records and of every column."""
+        columns = {}
+        for name in self.column_names():
+            entry = self._entry(name)
+            columns[name] = {
+                "made_by": entry.made_by,
+                "shape": list(entry.shape),
+                "variants": entry.variants,
+                "dtype": entry.dtype,
+                "failed": entry.failed,
+                "sha256": entry.sha256(),
+            }
+        return {"records": dict(self.about), "columns": columns}
 
     def manifest_hash(self, *columns: str) -> str:
-        """SHA-256 of the record set's identity and of the named columns'."""
-        manifest = self.manifest()
-        parts = [manifest["records"]["sha256"], *(manifest["columns"][name] for name in columns)]
+        """SHA-256 of the record set's identity and of the named columns'.
+
+        Raises:
+            KeyError: a column is not there.
+        """
+        parts: list[Any] = [self.about["sha256"]]
+        for name in columns:
+            entry = self.entry(name)
+            if entry is None:
+                raise KeyError(name)
+            parts.append([name, entry.made_by, list(entry.shape), entry.dtype, entry.sha256()])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def has(self, name: str, made_by: dict[str, Any]) -> bool:
+    def has(self, name: str, made_by: Mapping[str, Any]) -> bool:
         """Whether the column is there, made exactly so, and whole."""
-        entry = self.manifest()["columns"].get(name)
-        return entry is not None and entry["made_by"] == made_by and self._is_whole(name, entry)
+        entry = self.entry(name)
+        if entry is None or entry.made_by != json.loads(json.dumps(made_by)):
+            return False
+        try:
+            self.reader(name)
+        except ArraError:  # damaged: it will be made again
+            return False
+        return True
 
-    def require(self, name: str, made_by: dict[str, Any]) -> None:
+    def require(self, name: str, made_by: Mapping[str, Any]) -> None:
         """Nothing.
 
         Raises:
-            ArraError: the column is missing or was made by something else than the recipe names.
+            ArraError: the column is missing or was made by something else than the recipe names; both sides are told.
         """
-        entry = self.manifest()["columns"].get(name)
-        if entry is None:
-            raise ArraError(f"{self.path}: column '{name}' is missing; run: arra prepare RECIPE")
-        for key in {**made_by, **entry["made_by"]}:
-            old, new = entry["made_by"].get(key), made_by.get(key)
+        entry, wanted = self._entry(name), json.loads(json.dumps(made_by))
+        for key in {**wanted, **entry.made_by}:
+            old, new = entry.made_by.get(key), wanted.get(key)
             if old != new:
                 raise ArraError(
                     f"{self.path}: column '{name}' was made with {key} {old!r}, the recipe says {new!r}; "
                     "run: arra prepare RECIPE (or choose another store)"
                 )
 
-    def write(self, name: str, values: np.ndarray, made_by: dict[str, Any]) -> None:
-        """Nothing; the column holds `values` (N, ...), and the manifest who made them."""
-        ids = self.table().column("id")
-        if len(values) != len(ids):
-            raise ValueError(f"{len(values)} rows for {len(ids)} records")
-        flat = np.ascontiguousarray(values).reshape(len(values), -1)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
-        with atomic_file(self._file(name)) as temporary:
-            pq.write_table(pa.table({"id": ids, name: column}), temporary, row_group_size=ROWS_PER_GROUP)
-        manifest = self.manifest()
-        manifest["columns"][name] = {
-            "made_by": made_by,
-            "shape": list(values.shape[1:]),
-            "dtype": str(values.dtype),
-            "sha256": file_hash(self._file(name)),
-        }
-        atomic_write(self.manifest_path, json.dumps(manifest, indent=2) + "\n")
+    def writer(
+        self,
+        name: str,
+        *,
+        made_by: Mapping[str, Any],
+        shape: Shape,
+        dtype: str,
+        variants: int = 1,
+        again: bool = False,
+    ) -> ColumnWriter:
+        """A column to be written shard by shard; what was begun the same way is continued."""
+        return ColumnWriter(
+            self.path,
+            name,
+            made_by=made_by,
+            shape=shape,
+            variants=variants,
+            dtype=dtype,
+            num_shards=self.num_shards,
+            again=again,
+        )
+
+    def write(self, name: str, values: np.ndarray, made_by: Mapping[str, Any]) -> None:
+        """Nothing; the column holds `values` (N, ...), and its entry who made them."""
+        if len(values) != len(self):
+            raise ValueError(f"{len(values)} rows for {len(self)} records")
+        writer = self.writer(name, made_by=made_by, shape=values.shape[1:], dtype=str(values.dtype), again=True)
+        for shard in range(self.num_shards):
+            rows = self.shard_rows(shard)
+            part = values[rows.start : rows.stop]
+            ids = self.records_of(shard).column("id").combine_chunks()
+            writer.write(shard, ids, part, valid=np.ones(len(part), dtype=bool))
+        writer.publish()
+
+    def reader(self, name: str, *, content: bool | None = None) -> ColumnReader:
+        """A published column, read where it lies.
+
+        Its files are checked first: by content up to `CHECKED_BYTES` (or as `content` says), else by size.
+
+        Raises:
+            ArraError: the column is missing or a file is damaged.
+        """
+        entry = self._entry(name)
+        reader = ColumnReader(self.path / name, entry)
+        total = sum(shard.bytes for shard in entry.shards)
+        reader.check_files(content=total <= CHECKED_BYTES if content is None else content)
+        if len(reader) != len(self):
+            raise ArraError(
+                f"{self.path}: column '{name}' has {len(reader)} rows for {len(self)} records; run: arra prepare RECIPE"
+            )
+        return reader
 
     def column(self, name: str) -> np.ndarray:
-        """All rows (N, ...) of a column, in record order.
+        """All rows (N, ...) of a column, in record order; of several variants the first.
 
         Raises:
             ArraError: the column is missing or its file is damaged.
         """
-        entry = self.manifest()["columns"].get(name)
-        if entry is None:
-            raise ArraError(f"{self.path}: column '{name}' is missing; run: arra prepare RECIPE")
-        path = self._file(name)
-        if not self._is_whole(name, entry):
-            raise ArraError(f"{path}: missing or damaged (its hash is not the manifest's); run: arra prepare RECIPE")
-        rows = pq.read_table(path).column(name).combine_chunks()
-        flat = rows.flatten().to_numpy(zero_copy_only=False)
-        return np.array(flat.reshape(-1, *entry["shape"]))
+        return self.reader(name).take(np.arange(len(self)))
 
-    def table(self) -> pa.Table:
-        """id, prompt, alternatives, split and group of every record.
+    def table(self, columns: Iterable[str] | None = None) -> pa.Table:
+        """Fields of every record, memory-mapped.
 
         Raises:
-            ArraError: the file is missing or damaged.
+            ArraError: a file is missing or damaged.
         """
-        path = self.path / "records.parquet"
-        try:
-            return pq.read_table(path)
-        except (OSError, pa.ArrowException) as error:
-            reason = str(error).splitlines()[0]
-            raise ArraError(f"{path}: missing or damaged ({reason}); delete the store and prepare again") from error
+        parts = [self.records_of(shard) for shard in range(self.num_shards)]
+        return pa.concat_tables([part if columns is None else part.select(list(columns)) for part in parts])
 
-    def rows(self, split: str) -> np.ndarray:
-        """Row numbers of a split's records.
+    def rows(self, split: str, *, columns: Sequence[str] = ()) -> np.ndarray:
+        """Row numbers of a split's records that have a value in all the named columns.
 
         Raises:
             ArraError: no record has this split.
         """
-        splits = np.array(self.table().column("split").to_pylist())
-        rows = np.nonzero(splits == split)[0]
+        names = list(self.about["splits"])
+        if split not in names:
+            raise ArraError(f"{self.path}: no records in split '{split}'; it has {', '.join(sorted(names))}")
+        found = []
+        for shard in range(self.num_shards):
+            same = pc.equal(self.records_of(shard).column("split"), split)
+            found.append(np.nonzero(same.to_numpy())[0] + self.shard_starts[shard])
+        rows = np.concatenate(found)
+        for name in columns:
+            if self._entry(name).failed:
+                rows = rows[self.reader(name, content=False).valid()[rows]]
         if not len(rows):
-            raise ArraError(f"{self.path}: no records in split '{split}'; it has {', '.join(sorted(set(splits)))}")
+            raise ArraError(f"{self.path}: every record of split '{split}' failed; see {self.path / 'failures.jsonl'}")
         return rows
+
+    def source_counts(self, rows: np.ndarray) -> tuple[int, ...]:
+        """How many of the rows come from each source, whose records follow each other within a split."""
+        sources = self.table(["source"]).column("source").to_numpy()[rows]
+        return tuple(np.bincount(sources, minlength=len(self.about["sources"])).tolist())
+
+    def group_sizes(self, rows: np.ndarray) -> tuple[int, ...] | None:
+        """How many of the rows are read together, run by run; None where each is read alone."""
+        return None
+
+    def window(self, columns: Sequence[str]) -> int:
+        """How many such runs may be mixed with each other."""
+        return 1
 
     def prompts(self) -> list[str]:
         """Every record's prompt, in record order."""
-        return list(self.table().column("prompt").to_pylist())
+        return list(self.table(["prompt"]).column("prompt").to_pylist())
 
-    def _is_whole(self, name: str, entry: dict[str, Any]) -> bool:
-        return self._file(name).is_file() and file_hash(self._file(name)) == entry["sha256"]
+    def write_failures(self, unpublished: Mapping[str, Sequence[Failure]] | None = None) -> int:
+        """Number of failed items and records; `failures.jsonl` lists them, a line for each reason of a record.
 
-    def _file(self, name: str) -> Path:
-        return self.path / f"{name}.parquet"
+        `unpublished` are the failures of columns that are still in the making.
+        """
+        by_column = {name: read_failures(self.path / name) for name in (RECORDS, *self.column_names())}
+        by_column |= {name: list(failures) for name, failures in (unpublished or {}).items()}
+        lines: dict[tuple[str, str, str], list[str]] = {}
+        for name in sorted(by_column, key=lambda name: (name != RECORDS, name)):
+            for failure in by_column[name]:
+                lines.setdefault((failure.id, failure.where, failure.reason), []).append(name)
+        rows = [{"id": key[0], "where": key[1], "reason": key[2], "columns": names} for key, names in lines.items()]
+        target = self.path / "failures.jsonl"
+        if rows:
+            atomic_write(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        else:
+            target.unlink(missing_ok=True)
+        return len({key[:2] for key in lines})
+
+    def _entry(self, name: str) -> ColumnEntry:
+        entry = self.entry(name)
+        if entry is None:
+            raise ArraError(f"{self.path}: column '{name}' is missing; run: arra prepare RECIPE")
+        return entry

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from arra.encoders.base import Encoder, EncoderSpec
 from arra.encoders.efficientnet_lite import SPECS, load_efficientnet_lite
 from arra.errors import ArraError
@@ -20,11 +22,11 @@ def encoder_spec(name: str) -> EncoderSpec:
     return SPECS[name]
 
 
-def load_encoder(name: str, *, weights: str | Path | None = None) -> Encoder:
-    """A frozen encoder by name; `weights` in place of the packaged file.
+def load_encoder(name: str, *, weights: str | Path | None = None, device: str | torch.device = "cpu") -> Encoder:
+    """A frozen encoder by name, on a device; `weights` in place of the packaged file.
 
     Raises:
         ArraError: an unknown name, a missing package, or other weights than the known ones.
     """
     encoder_spec(name)
-    return load_efficientnet_lite(name, weights=weights)
+    return load_efficientnet_lite(name, weights=weights, device=device)

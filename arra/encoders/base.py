@@ -48,5 +48,5 @@ def preprocessed(
     x = images.permute(0, 3, 1, 2).float() / 255 if images.dtype == torch.uint8 else (images + 1) / 2  # [0, 1]
     if x.shape[2:] != (spec.image_size, spec.image_size):
         x = F.interpolate(x, size=(spec.image_size, spec.image_size), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
     return (x - mean) / std

@@ -74,7 +74,9 @@ class EfficientNetLite:
         return logits.softmax(1)
 
 
-def load_efficientnet_lite(name: str, *, weights: str | Path | None = None) -> EfficientNetLite:
+def load_efficientnet_lite(
+    name: str, *, weights: str | Path | None = None, device: str | torch.device = "cpu"
+) -> EfficientNetLite:
     """The encoder of the given name, from its package or from a copy of the same file.
 
     Raises:
@@ -96,7 +98,7 @@ def load_efficientnet_lite(name: str, *, weights: str | Path | None = None) -> E
     # the package fixes its "same" padding for one input size: tell it ours
     network = EfficientNet.from_name(name, image_size=spec.image_size)
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return EfficientNetLite(spec, network)
+    return EfficientNetLite(spec, network.to(device))
 
 
 def _packaged_file(name: str) -> Path:

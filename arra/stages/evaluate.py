@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import safetensors.torch
 import torch
 from rich.markup import escape
@@ -16,10 +17,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from arra.config import Recipe
-from arra.data.images import center_crop
-from arra.data.records import RecordSet, load_image
-from arra.data.store import Store
 from arra.distributed import set_threads
 from arra.encoders import encoder_spec, load_encoder
 from arra.encoders.dual import DualEncoder, load_dual_encoder, padded_ids, save_dual_encoder
@@ -28,10 +25,13 @@ from arra.evaluate.card import Evaluation, ProtocolValue, values_key
 from arra.evaluate.evaluation import HeldOutSplit, encode_all, evaluate_model
 from arra.runs import atomic_write, file_hash
 from arra.sample.generate import generate
-from arra.stages.origin import noted
+from arra.stages.captions import StoreCaptions
+from arra.stages.makers import wanted_columns
+from arra.stages.origin import judged_columns, noted
 from arra.stages.paint import LoadedRun, load_run
-from arra.stages.prepare import codes_made_by, load_records
+from arra.stages.pictures import held_out_codes, held_out_pixels
 from arra.stages.process import Progress, silent
+from arra.stages.tokenizer import center_pictures
 from arra.train.dual import train_dual_encoder
 
 PICTURES_FILE = "samples/evaluation.safetensors"
@@ -47,21 +47,19 @@ def prepare_caption_judge(loaded: LoadedRun, *, progress: Progress = silent) -> 
         return None
     about = {
         "train": settings.model_dump(mode="json"),
-        "store": store.manifest_hash("codes", "pixels"),
+        "store": store.manifest_hash(*judged_columns(loaded.recipe)),
         "text_vocab_size": loaded.recipe.model.text_vocab_size,
     }
     folder = store.path / "caption_judge"
     found = load_dual_encoder(folder, about=about)
     if found is not None:
         return found
-    rows = store.rows("train")
-    table = store.table()
-    prompts, alternatives = table.column("prompt").to_pylist(), table.column("alternatives").to_pylist()
-    reconstructions = loaded.tokenizer.decode(torch.from_numpy(store.column("codes")[rows]).long())
+    rows = store.rows("train", columns=judged_columns(loaded.recipe))
+    codes = held_out_codes(loaded.recipe, store, loaded.tokenizer, rows)
     encoder = train_dual_encoder(
-        torch.from_numpy(store.column("pixels")[rows]),
-        reconstructions,
-        [[text.encode(each) for each in (prompts[row], *alternatives[row])] for row in rows],
+        held_out_pixels(loaded.recipe, store, rows),
+        loaded.tokenizer.decode(codes),
+        list(StoreCaptions(store, rows, text)),
         settings,
         text_vocab_size=loaded.recipe.model.text_vocab_size,
         progress=lambda step: progress("training the caption judge", step, settings.steps),
@@ -85,45 +83,43 @@ def held_out_splits(
             f"{loaded.run.path}: the store it was trained on is gone or has changed, it was {place}; make it again: "
             f"arra prepare {loaded.run.recipe_path} --store {place}"
         )
-    store.require("codes", codes_made_by(recipe, loaded.tokenizer))
-    codes, pixels = torch.from_numpy(store.column("codes")).long(), torch.from_numpy(store.column("pixels"))
-    table = store.table()
-    prompts, groups = table.column("prompt").to_pylist(), table.column("group").to_pylist()
-    numbers = {group: i for i, group in enumerate(sorted(set(groups)))}
-    records: RecordSet | None = None
+    columns, wanted = judged_columns(recipe), wanted_columns(recipe, loaded.tokenizer)
+    for column in columns:
+        store.require(column, wanted[column])
     splits = []
     for name in recipe.evaluate.splits:
-        rows = store.rows(name)
+        rows = store.rows(name, columns=columns)
         if recipe.evaluate.max_images is not None and len(rows) > recipe.evaluate.max_images:
             rows = rows[np.linspace(0, len(rows) - 1, recipe.evaluate.max_images).round().astype(int)]
-        index = torch.from_numpy(rows)
-        reconstructions = loaded.tokenizer.decode(codes[index])
+        table = store.table(["prompt", "group"]).take(pa.array(rows))
+        prompts, groups = table.column("prompt").to_pylist(), table.column("group").to_pylist()
+        numbers = {group: i for i, group in enumerate(sorted(set(groups)))}
+        codes = held_out_codes(recipe, store, loaded.tokenizer, rows)
+        reconstructions = loaded.tokenizer.decode(codes)
         judge = encoder_spec(recipe.encoder.judge)
-        identity = [store.manifest_hash("codes", "pixels"), judge.weights_sha256, str(judge.image_size), name]
+        identity = [store.manifest_hash(*columns), judge.weights_sha256, str(judge.image_size), name]
         identity += [str(recipe.data.encoder_image_size), str(len(rows))]
         cache = store.path / "judged" / f"{_short_hash(identity)}.safetensors"
         features = _kept_features(cache)
         if features is None:
             progress(f"judging held-out pictures ({name})", 0, 1)
-            records = records or _same_records(recipe, store)
-            large = recipe.data.encoder_image_size
-            raw = torch.from_numpy(np.stack([center_crop(load_image(records.records[row]), large) for row in rows]))
+            raw = center_pictures(recipe, store, rows=rows, pixels=recipe.data.encoder_image_size)
             encoder = load_encoder(recipe.encoder.judge)
             features = {"raw": encode_all(encoder, raw), "reconstructions": encode_all(encoder, reconstructions)}
             atomic_write(cache, safetensors.torch.save(features))
         captions = None
         if caption_judge is not None and loaded.model.text_tokenizer is not None:
-            ids = [loaded.model.text_tokenizer.encode(prompts[row]) for row in rows]
+            ids = [loaded.model.text_tokenizer.encode(prompt) for prompt in prompts]
             captions = caption_judge.embed_captions(padded_ids(ids))
         splits.append(
             HeldOutSplit(
                 name=name,
-                prompts=[prompts[row] for row in rows],
-                codes=codes[index],
-                groups=torch.tensor([numbers[groups[row]] for row in rows]),
+                prompts=prompts,
+                codes=codes,
+                groups=torch.tensor([numbers[group] for group in groups]),
                 reconstructions=reconstructions,
                 reconstruction_features=features["reconstructions"],
-                raw=pixels[index],
+                raw=held_out_pixels(recipe, store, rows),
                 raw_features=features["raw"],
                 captions=captions,
             )
@@ -137,21 +133,6 @@ def _kept_features(cache: Path) -> dict[str, Tensor] | None:
         return safetensors.torch.load_file(cache)
     except (FileNotFoundError, safetensors.SafetensorError):
         return None
-
-
-def _same_records(recipe: Recipe, store: Store) -> RecordSet:
-    """The recipe's records, whose pictures stand in the store's order.
-
-    Raises:
-        ArraError: they are not the ones that the store was made from.
-    """
-    records, kept = load_records(recipe), store.manifest()["records"]
-    if records.content_hash() != kept["sha256"]:
-        raise ArraError(
-            f"{store.path}: made from other pictures than {recipe.data.path or kept['name']} holds now; restore them, "
-            "or prepare and train again in other folders"
-        )
-    return records
 
 
 def _short_hash(parts: Sequence[str]) -> str:
@@ -224,7 +205,7 @@ def protocol_of(
         "teacher": teacher.name,
         "tokenizer": loaded.tokenizer.name,
         "tokenizer_sha256": loaded.tokenizer.weights_hash,
-        "store_sha256": None if store is None else store.manifest_hash("codes", "pixels"),
+        "store_sha256": None if store is None else store.manifest_hash(*judged_columns(recipe)),
         "splits": ",".join(settings.splits),
         "cfg_scales": ",".join(f"{scale:g}" for scale in settings.cfg_scales),
         "temperature": settings.temperature,

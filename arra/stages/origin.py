@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arra.config import Recipe
+from arra.data.remote import remote_text
 from arra.data.store import Store
 from arra.errors import ArraError
 from arra.runs import atomic_write
@@ -19,15 +20,23 @@ STORE_FILE = "store.json"
 
 def columns_of(recipe: Recipe) -> list[str]:
     """The columns of the store that a run of this recipe is trained on."""
+    if recipe.data.mode == "online":
+        return ["pictures"]
     return ["codes"] + ([f"features.{recipe.encoder.teacher}"] if recipe.align is not None else [])
+
+
+def judged_columns(recipe: Recipe) -> list[str]:
+    """The columns of the store that held-out pictures are measured by."""
+    first = "codes" if recipe.data.mode == "cached" else "pictures"
+    return [first] + (["pixels"] if recipe.data.keeps_pixels else [])
 
 
 def note_store(folder: Path, store: Store) -> None:
     """Nothing; the run folder says where its store lies."""
-    here, there = folder.resolve(), store.path.resolve()
+    here, there = folder.resolve(), store.place
     note = {
-        "path": os.path.relpath(there, here),
-        "at_first": str(there),
+        "path": None if remote_text(there) else os.path.relpath(there, here),
+        "at_first": there,
         "attribution": store.manifest()["records"]["attribution"],
     }
     if noted(folder) != note:
@@ -48,22 +57,21 @@ def find_store(folder: Path, columns: list[str], expected: str) -> Store | None:
 
     It is looked for from the run folder, then where it was at first, then beside the run as `arra demo` lays it.
     """
-    for path in _candidates(folder):
-        if (path / "manifest.json").is_file():
-            store = Store(path)
-            try:
-                if store.manifest_hash(*columns) == expected:
-                    return store
-            except (ArraError, KeyError):  # a store without these columns is another one
-                continue
+    for place in _candidates(folder):
+        try:
+            store = Store.open(place)
+            if store.manifest_hash(*columns) == expected:
+                return store
+        except (ArraError, KeyError):  # no store, or one without these columns: another one
+            continue
     return None
 
 
-def _candidates(folder: Path) -> Iterator[Path]:
+def _candidates(folder: Path) -> Iterator[Path | str]:
     note = noted(folder)
     if isinstance(note.get("path"), str):
         yield Path(os.path.normpath(folder.resolve() / note["path"]))
     if isinstance(note.get("at_first"), str):
-        yield Path(note["at_first"])
+        yield note["at_first"]
     for above in list(folder.resolve().parents)[:2]:
         yield above / "store"

@@ -1,220 +1,434 @@
-"""From pictures to the store: `arra prepare`.
+"""From pictures to the store: `arra prepare`, `arra tokenize`, `arra extract`.
 
-Legend: N records, h w code grid, F feature.
+sources -> index (records) -> one pass over the pictures: decoded once, cropped once, seen by every maker -> columns
 """
 
 import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
+from rich.table import Table
 
 from arra.config import Recipe
-from arra.data.folder import load_folder
-from arra.data.images import center_crop
-from arra.data.openmoji import load_openmoji
-from arra.data.records import RecordSet, load_image
+from arra.data.columns import ColumnWriter, folder_lock, tidy_column
+from arra.data.huggingface import HuggingFaceSource
+from arra.data.index import build_index, is_too_many
+from arra.data.llamagen_lists import LlamaGenCodesSource, LlamaGenListSource
+from arra.data.loading import Loaded, Loader, Task, Waiting, default_workers, load_tasks
+from arra.data.records import Failure
 from arra.data.store import Store
-from arra.encoders import encoder_spec, load_encoder
+from arra.distributed import choose_device, set_threads
 from arra.errors import ArraError
-from arra.evaluate.evaluation import encode_all
-from arra.runs import atomic_write
+from arra.runs import remove_unfinished
+from arra.stages.imports import CAPTION_FEATURES, import_caption_features, import_codes
+from arra.stages.makers import CODES, Maker, build_makers, views_of, wanted_columns
 from arra.stages.process import Progress, silent
-from arra.tokenizers import EMBEDDED, ImageTokenizer, load_tokenizer
-from arra.tokenizers.image import CARD_FILE
-from arra.tokenizers.vq import VQModel
-from arra.train.tokenizer import TokenizerStep, TokenizerTrainer, train_tokenizer
-
-CHUNK = 128
-"""Pictures held in memory at a time."""
+from arra.stages.tokenizer import prepare_tokenizer, recipe_tokenizer
 
 
-def load_records(recipe: Recipe) -> RecordSet:
-    """The record set that the recipe names.
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How the work is done; nothing here changes what is made."""
+
+    engine: Literal["local", "ray"] = "local"
+    batch_size: int = 32
+    """Pictures per loaded batch, and per batch of a network."""
+    workers: int | None = None
+    """Loader processes (local) or actors (ray); null takes the cores but one."""
+    shard: tuple[int, int] | None = None
+    """(i, n): this process makes the i-th of n parts; null asks torchrun's environment."""
+    threads: int | None = None
+    device: str = "auto"
+    retry_failed: bool = False
+    """Make records again that failed before."""
+
+    def part(self) -> tuple[int, int]:
+        """Which part of how many this process makes."""
+        if self.shard is not None:
+            return self.shard
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def parse_options(
+    engine: str,
+    shard: str | None,
+    workers: int | None,
+    batch_size: int,
+    threads: int | None,
+    device: str,
+    retry_failed: bool,
+) -> PrepareOptions:
+    """The options as the command line gives them.
 
     Raises:
-        ArraError: the pictures are not as they should be, or the cache cannot be written.
+        ArraError: an unknown engine, or a shard that is not i/n.
     """
-    if recipe.data.source == "openmoji":
-        try:
-            return load_openmoji()
-        except ArraError as error:
-            if isinstance(error.__cause__, OSError):  # --out, which other failed writes advise, is no help here
-                raise ArraError(f"{str(error).partition(';')[0]}; set ARRA_CACHE to another folder") from error
-            raise
-    return load_folder(Path(str(recipe.data.path)))
+    if engine not in ("local", "ray"):
+        raise ArraError(f"--engine {engine}: expected local or ray")
+    part = None
+    if shard is not None:
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise ArraError(f"--shard {shard}: expected i/n with i from 0 to n-1, as in 0/8")
+        part = int(match[1]), int(match[2])
+    return PrepareOptions(engine, batch_size, workers, part, threads, device, retry_failed)  # type: ignore[arg-type]
 
 
-def prepare(recipe: Recipe, folder: Path, *, progress: Progress = silent) -> Store:
-    """The store of the recipe: pixels, codes and teacher features of every record; columns that are there stay.
+@dataclass
+class Preparation:
+    """What became of every item, and how the time went."""
 
-    The tokenizer is trained first where the recipe says so; it then lies in `folder/tokenizer`.
-    """
-    progress("reading pictures", 0, 1)
-    records = load_records(recipe)
-    store = Store.create(folder, records)
-    size, large = recipe.data.image_size, recipe.data.encoder_image_size
-    wanted = {"pixels": {"crop": crop_text(size)}}
-    teacher = f"features.{recipe.encoder.teacher}"
-    wanted[teacher] = teacher_made_by(recipe)
-    missing = [name for name, made_by in wanted.items() if not store.has(name, made_by)]
-    if missing:
-        _pixels_and_features(recipe, records, store, {name: wanted[name] for name in missing}, size, large, progress)
-    tokenizer = prepare_tokenizer(recipe, store, records, progress=progress)
-    made_by = codes_made_by(recipe, tokenizer)
-    if not store.has("codes", made_by):
-        pixels = torch.from_numpy(store.column("pixels"))
-        parts = []
-        for start in range(0, len(pixels), CHUNK):
-            progress("pictures to codes", start, len(pixels))
-            parts.append(tokenizer.encode(pixels[start : start + CHUNK]))
-        store.write("codes", torch.cat(parts).numpy().astype(np.int32), made_by)
-    progress("store ready", 1, 1)
-    return store
+    store: Store | None
+    """None where so many items made no record that nothing was begun."""
+    items: int
+    done: int = 0
+    already: int = 0
+    skipped: int = 0
+    failed: int = 0
+    pending: int = 0
+    """Records that other parts (`--shard`) have still to make."""
+    max_failed_fraction: float = 0.0
+    seconds: float = 0.0
+    seconds_making: float = 0.0
+    """Of the pass over the pictures alone."""
+    waiting_seconds: float = 0.0
+    place: Path = field(default_factory=Path)
 
+    @property
+    def ok(self) -> bool:
+        """Whether no more items failed than may."""
+        return not is_too_many(self.failed, self.items - self.skipped, self.max_failed_fraction)
 
-def crop_text(size: int) -> str:
-    """The crop as the manifest names it."""
-    return f"center_crop({size})"
+    @property
+    def verdict(self) -> str:
+        """Why this is not a success, in one line."""
+        begun = "nothing was made yet" if self.store is None else "the columns are not finished"
+        return (
+            f"{self.failed} of {self.items - self.skipped} items failed, more than data.max_failed_fraction "
+            f"{self.max_failed_fraction:g} allows; {begun}: mend what failures.jsonl lists, or raise it, and run again"
+        )
 
+    def checked(self) -> Store:
+        """The store.
 
-def teacher_made_by(recipe: Recipe) -> dict[str, Any]:
-    """What the manifest says of the teacher's features."""
-    spec = encoder_spec(recipe.encoder.teacher)
-    return {
-        "encoder": spec.name,
-        "weights": spec.weights_sha256,
-        "aggregate": "mean",
-        "crop": crop_text(recipe.data.encoder_image_size),
-        "input": spec.image_size,
-    }
-
-
-def codes_made_by(recipe: Recipe, tokenizer: ImageTokenizer) -> dict[str, Any]:
-    """What the manifest says of the codes."""
-    return {
-        "tokenizer": tokenizer.name,
-        "weights": tokenizer.weights_hash,
-        "num_codes": tokenizer.num_codes,
-        "crop": crop_text(recipe.data.image_size),
-    }
+        Raises:
+            ArraError: too many items failed.
+        """
+        if not self.ok or self.store is None:
+            first, more = json.loads(self.place.joinpath("failures.jsonl").read_text().split("\n")[0]), self.failed - 1
+            others = f" (and {more} more in {self.place / 'failures.jsonl'})" if more else ""
+            advice = "" if ";" in first["reason"] else "; replace it or remove its line"
+            raise ArraError(f"{first['where'] or first['id']}: {first['reason']}{advice}{others}")
+        return self.store
 
 
-def _pixels_and_features(
+@dataclass(frozen=True)
+class PassPlan:
+    """All that a process must know to make shards; it can be sent to another machine."""
+
+    recipe: Recipe
+    store: Path
+    columns: Mapping[str, Mapping[str, Any]]
+    batch_size: int
+    workers: int
+    device: str
+    again: frozenset[str] = frozenset()
+    """Columns that are published and to be made again: damaged ones, or those with failures."""
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """A shard whose columns are all written."""
+
+    shard: int
+    records: int
+    failed: int
+    waiting_seconds: float
+
+
+class Pass:
+    """The networks and writers of a pass over the pictures: makes whole shards, any of them, in any process."""
+
+    def __init__(self, plan: PassPlan) -> None:
+        self.plan, self.store = plan, Store.open(plan.store)
+        recipe, names = plan.recipe, list(plan.columns)
+        tokenizer = recipe_tokenizer(recipe, self.store) if CODES in names else None
+        device = choose_device(plan.device)
+        self.makers = build_makers(recipe, names, tokenizer, device=device, batch_size=plan.batch_size)
+        needed = {view for maker in self.makers for view in maker.views}
+        views = {name: view for name, view in views_of(recipe).items() if name in needed}
+        self.loader = Loader(plan.store, views, grey16=recipe.data.crop.grey16)
+        self.writers = {
+            maker.name: self.store.writer(
+                maker.name,
+                made_by=maker.made_by,
+                shape=maker.shape,
+                dtype=maker.dtype,
+                variants=maker.variants,
+                again=maker.name in plan.again,
+            )
+            for maker in self.makers
+        }
+
+    def run(
+        self, shards: Sequence[int], *, on_batch: Callable[[int, float], None] = lambda records, waited: None
+    ) -> Iterator[ShardDone]:
+        """Each shard as it is done; `on_batch(records, seconds waited for data)` is called after every batch."""
+        size = self.plan.batch_size
+        tasks = [
+            Task(shard, start, min(start + size, self.store.about["shards"][shard]))
+            for shard in shards
+            for start in range(0, self.store.about["shards"][shard], size)
+        ]
+        waiting, waited = Waiting(), 0.0
+        values: dict[str, list[tuple[int, np.ndarray]]] = {maker.name: [] for maker in self.makers}
+        failures: list[Failure] = []
+        for loaded in load_tasks(tasks, self.loader, workers=self.plan.workers, waiting=waiting):
+            self._make(loaded, values)
+            failures += loaded.failures
+            on_batch(loaded.task.stop - loaded.task.start, waiting.seconds)
+            shard = loaded.task.shard
+            if loaded.task.stop == self.store.about["shards"][shard]:
+                self._write(shard, values, failures)
+                yield ShardDone(shard, loaded.task.stop, len(failures), waiting.seconds - waited)
+                waited = waiting.seconds
+                values, failures = {name: [] for name in values}, []
+
+    def _make(self, loaded: Loaded, values: dict[str, list[tuple[int, np.ndarray]]]) -> None:
+        if not loaded.places:
+            return
+        places = [loaded.task.start + place for place in loaded.places]
+        for maker in self.makers:
+            values[maker.name] += zip(places, maker.make(loaded), strict=True)
+
+    def _write(self, shard: int, values: dict[str, list[tuple[int, np.ndarray]]], failures: list[Failure]) -> None:
+        table = self.store.records_of(shard)
+        valid = np.zeros(len(table), dtype=bool)
+        for maker in self.makers:
+            made = values[maker.name]
+            valid[[place for place, _ in made]] = True
+            ids = table.column("id").combine_chunks()
+            self.writers[maker.name].write(
+                shard, ids, _in_rows(maker, made, len(table)), valid=valid, failures=failures
+            )
+
+
+def _in_rows(maker: Maker, made: list[tuple[int, np.ndarray]], count: int) -> np.ndarray | list[np.ndarray]:
+    """The made values in the order of the shard's rows, zeros where there is none."""
+    if None in maker.shape:
+        rows = [np.zeros((0,) * len(maker.shape), maker.dtype)] * count
+        for place, value in made:
+            rows[place] = value[0]
+        return rows
+    shape = [size for size in maker.shape if size is not None]
+    dense = np.zeros((count, maker.variants, *shape), maker.dtype)
+    for place, value in made:
+        dense[place] = value
+    return dense
+
+
+def prepare(
     recipe: Recipe,
-    records: RecordSet,
+    folder: Path,
+    *,
+    options: PrepareOptions | None = None,
+    only: Sequence[str] | None = None,
+    accept: Callable[[Store], None] = lambda store: None,
+    progress: Progress = silent,
+) -> Preparation:
+    """The store of the recipe, with all its columns (or those in `only`); columns that are there stay.
+
+    The tokenizer is trained first where the recipe says so; it then lies in `folder/tokenizer`. `accept` is called with
+    the records, before anything is computed; it may raise.
+    """
+    options = options or PrepareOptions()
+    set_threads(options.threads)
+    part, parts = options.part()
+    started = time.monotonic()
+    with _alone(folder, part, parts):
+        remove_unfinished(folder)
+        indexed = build_index(
+            recipe.data.all_sources,
+            folder,
+            shard_records=recipe.data.shard_records,
+            max_failed_fraction=recipe.data.max_failed_fraction,
+            progress=lambda count: progress("reading records", count, 0),
+        )
+        found = Preparation(
+            indexed.store,
+            indexed.items,
+            skipped=indexed.skipped,
+            failed=indexed.failed,
+            max_failed_fraction=recipe.data.max_failed_fraction,
+            place=folder,
+        )
+        if indexed.store is None:
+            return found
+        accept(indexed.store)
+        for column in indexed.store.column_names():
+            tidy_column(folder / column)
+        writers = _import(recipe, indexed.store, progress)
+        if not _is_codes_alone(recipe):
+            if recipe.tokenizer.train is not None and parts == 1:
+                # before hours of training, know that the pictures can be read
+                _finish(found, indexed.store, _make(recipe, indexed.store, options, (), found, progress))
+                if not found.ok:
+                    return found
+                found.done = found.already = 0
+            writers |= _make(recipe, indexed.store, options, only, found, progress)
+        _finish(found, indexed.store, writers)
+    found.seconds = time.monotonic() - started
+    progress("store ready" if found.ok else "too many failures", 1, 1)
+    return found
+
+
+def _is_codes_alone(recipe: Recipe) -> bool:
+    return all(isinstance(source, LlamaGenCodesSource) for source in recipe.data.all_sources)
+
+
+def _import(recipe: Recipe, store: Store, progress: Progress) -> dict[str, ColumnWriter]:
+    """Columns that sources bring along, written."""
+    sources, found = recipe.data.all_sources, {}
+    codes = [source for source in sources if isinstance(source, LlamaGenCodesSource)]
+    if codes:
+        if len(codes) < len(sources):
+            raise ArraError(f"{codes[0].path}: codes without pictures do not mix with pictures; prepare them apart")
+        found[CODES] = import_codes(recipe, store, codes, progress)
+    lists = [source for source in sources if isinstance(source, LlamaGenListSource)]
+    if any(source.caption_features is not None for source in lists):
+        if len(lists) < len(sources) or any(source.caption_features is None for source in lists):
+            raise ArraError(f"{lists[0].path}: caption_features must be given for all sources or for none")
+        found[CAPTION_FEATURES] = import_caption_features(recipe, store, lists, progress)
+    return {name: writer for name, writer in found.items() if writer is not None}
+
+
+def _make(
+    recipe: Recipe,
     store: Store,
-    wanted: dict[str, dict[str, Any]],
-    size: int,
-    large: int,
+    options: PrepareOptions,
+    only: Sequence[str] | None,
+    found: Preparation,
     progress: Progress,
-) -> None:
-    """One pass over the pictures: decoded once, cropped once, seen by every maker."""
-    encoder = load_encoder(recipe.encoder.teacher) if any(name != "pixels" for name in wanted) else None
-    small, features = [], []
-    for start in range(0, len(records), CHUNK):
-        progress("pictures to teacher features", start, len(records))
-        images = [load_image(record) for record in records.records[start : start + CHUNK]]
-        small.append(np.stack([center_crop(image, size) for image in images]))
-        if encoder is not None:
-            big = torch.from_numpy(np.stack([center_crop(image, large) for image in images]))
-            features.append(encode_all(encoder, big).numpy())
-    for name, made_by in wanted.items():
-        store.write(name, np.concatenate(small if name == "pixels" else features), made_by)
-
-
-def prepare_tokenizer(
-    recipe: Recipe, store: Store, records: RecordSet, *, progress: Progress = silent
-) -> ImageTokenizer:
-    """The recipe's tokenizer, trained into `store/tokenizer` first if the recipe says so and it is not there yet.
-
-    Raises:
-        TrainingInterrupted: a signal asked to stop; the tokenizer's state is saved.
-    """
-    section = recipe.tokenizer
-    if section.train is None:
-        return load_tokenizer(section.name)
-    folder = store.path / "tokenizer"
-    start = load_tokenizer(section.name) if section.network is None else None
-    made_from = {
-        "start": "fresh" if start is None else start.name,
-        "start_sha256": None if start is None else start.weights_hash,
-        "network": None if section.network is None else section.network.model_dump(mode="json"),
-        "train": section.train.model_dump(mode="json"),
-        "image_size": recipe.data.image_size,
-        "records": store.manifest()["records"]["sha256"],
+) -> dict[str, ColumnWriter]:
+    """Columns made from the pictures: this process's shards of the missing ones are written."""
+    needs_tokenizer = only is None or CODES in only
+    tokenizer = prepare_tokenizer(recipe, store, progress=progress) if needs_tokenizer else None
+    wanted = wanted_columns(recipe, tokenizer)
+    if only is not None:
+        chosen = {*only, *ALWAYS}
+        wanted = {name: made_by for name, made_by in wanted.items() if name.partition(".")[0] in chosen}
+    missing = {
+        name: made_by
+        for name, made_by in wanted.items()
+        if not store.has(name, made_by) or (options.retry_failed and _failed(store, name))
     }
-    made_from = json.loads(json.dumps(made_from))
-    if (folder / CARD_FILE).is_file():
-        tokenizer = load_tokenizer(folder)
-        if tokenizer.about.get("made_from") == made_from:
-            return tokenizer
-    _forget_other_training(folder, made_from)
-    if start is not None:
-        model = start.model.train()
+    if not missing:
+        found.already = len(store)
+        return {}
+    workers = default_workers() if options.workers is None else options.workers
+    if any(isinstance(source, HuggingFaceSource) and source.streaming for source in recipe.data.all_sources):
+        workers = min(workers, 1)  # each would read the whole stream for its share of it
+    again = frozenset(name for name in missing if store.entry(name) is not None)
+    plan = PassPlan(recipe, store.path, missing, options.batch_size, workers, options.device, again)
+    return _run_pass(plan, store, options, found, progress)
+
+
+ALWAYS = ("pictures", "sizes")
+"""Columns that every pass makes where they are missing: they cost nothing and guard the others."""
+
+
+def _failed(store: Store, name: str) -> int:
+    entry = store.entry(name)
+    return 0 if entry is None else entry.failed
+
+
+def _run_pass(
+    plan: PassPlan, store: Store, options: PrepareOptions, found: Preparation, progress: Progress
+) -> dict[str, ColumnWriter]:
+    """The writers of the plan's columns, after this process's shards are written."""
+    part, parts = options.part()
+    work, sizes = Pass(plan), store.about["shards"]
+    if options.retry_failed:
+        for writer in work.writers.values():
+            writer.adopt(with_failed=False)
+    own = range(store.num_shards * part // parts, store.num_shards * (part + 1) // parts)
+    done = set.intersection(*(set(writer.done()) for writer in work.writers.values()))
+    shards = [shard for shard in own if shard not in done]
+    total, begun = sum(sizes[shard] for shard in shards), time.monotonic()
+    found.already = sum(sizes[shard] for shard in own) - total
+    made = 0
+
+    def on_batch(records: int, waited: float) -> None:
+        nonlocal made
+        made += records
+        seconds = time.monotonic() - begun
+        note = f"{made / seconds:.1f} pictures/s, {100 * waited / seconds:.0f} % of the time waiting for data"
+        progress(f"pictures to {', '.join(plan.columns)}", made, total, note)
+
+    results: Iterator[ShardDone]
+    if options.engine == "ray":
+        from arra.stages.ray_engine import run_on_ray
+
+        results = run_on_ray(plan, shards, on_batch=on_batch)
     else:
-        assert section.network is not None
-        torch.manual_seed(section.train.seed)
-        model = VQModel(section.network)
-    trained, psnr = _train_tokenizer(recipe, records, model, folder, progress)
-    about = {"made_from": made_from, "validation_psnr_db": psnr, "data": records.name, "credit": records.attribution}
-    ImageTokenizer(
-        trained, name=f"{records.name}-vq{trained.settings.downsampling}", weights_hash=None, about=about
-    ).save(folder, half=True)
-    return load_tokenizer(folder)
+        results = work.run(shards, on_batch=on_batch)
+    for result in results:
+        found.done += result.records
+        found.waiting_seconds += result.waiting_seconds
+    found.seconds_making = time.monotonic() - begun
+    return dict(work.writers)
 
 
-def _forget_other_training(folder: Path, made_from: dict[str, Any]) -> None:
-    """Nothing; the folder's checkpoints, if any, are of this training: others must not be resumed from."""
-    begun = folder / "training.json"
-    if not begun.is_file() or begun.read_text() != json.dumps(made_from):
-        for old in (folder / CARD_FILE, *folder.glob("checkpoints/step-*")):
-            old.unlink(missing_ok=True)
-        atomic_write(begun, json.dumps(made_from))
+def _finish(found: Preparation, store: Store, writers: Mapping[str, ColumnWriter]) -> None:
+    """Nothing; the columns are published if every part is made and no more failed than may."""
+    sizes = store.about["shards"]
+    whole = [set(writer.done()) for writer in writers.values()]
+    found.pending = sum(size for shard, size in enumerate(sizes) if not all(shard in each for each in whole))
+    found.failed = store.write_failures({name: writer.failures() for name, writer in writers.items()})
+    for writer in writers.values():
+        if not found.ok:
+            writer.forget_failed()
+        elif not found.pending:
+            writer.publish()
 
 
-def _train_tokenizer(
-    recipe: Recipe, records: RecordSet, model: VQModel, folder: Path, progress: Progress
-) -> tuple[VQModel, float]:
-    settings = recipe.tokenizer.train
-    assert settings is not None
-    size = 2 * recipe.data.image_size
-
-    def pictures(split: str, pixels: int) -> Tensor:
-        rows = [center_crop(load_image(records.records[i]), pixels) for i in records.split_indices(split)]
-        return torch.from_numpy(np.stack(rows))
-
-    def report(trainer: TokenizerTrainer, step: TokenizerStep) -> None:
-        progress(f"training the tokenizer, {step.psnr_db:.1f} dB", step.step, settings.steps)
-
-    torch.set_flush_denormal(True)  # optimiser states of dead codes decay into denormals, which are slow
-    train = pictures("train", size).permute(0, 3, 1, 2).contiguous()
-    trainer = train_tokenizer(model, train, settings, folder=folder / "checkpoints", report=report)
-    trained = VQModel(model.settings)
-    trained.load_state_dict(trainer.average)
-    held_out = pictures("validation", recipe.data.image_size)
-    tokenizer = ImageTokenizer(trained, name="in training", weights_hash=None)
-    mse = (tokenizer.decode(tokenizer.encode(held_out)).double() - held_out.double()).div(255).square().mean((1, 2, 3))
-    return trained, round(float((-10 * mse.log10()).mean()), 3)
-
-
-def recipe_tokenizer(recipe: Recipe, store: Store) -> ImageTokenizer:
-    """The tokenizer a recipe uses: its named one, or the one trained into the store.
+@contextmanager
+def _alone(folder: Path, part: int, parts: int) -> Iterator[None]:
+    """A block in which no other process makes this part of the store.
 
     Raises:
-        ArraError: there is none in the store.
+        ArraError: another one does.
     """
-    folder = tokenizer_folder(recipe, store)
-    if recipe.tokenizer.train is not None and not (store.path / "tokenizer" / CARD_FILE).is_file():
-        raise ArraError(f"{store.path}: its tokenizer is not trained yet; run: arra prepare RECIPE")
-    return load_tokenizer(folder or recipe.tokenizer.name)
+    with folder_lock(folder, name=f".prepare-{part}-of-{parts}.lock", wait=False):
+        yield
 
 
-def tokenizer_folder(recipe: Recipe, store: Store) -> Path | None:
-    """The folder of a tokenizer that does not come with the package."""
-    if recipe.tokenizer.train is not None:
-        return store.path / "tokenizer"
-    named = Path(recipe.tokenizer.name)
-    return named if named.is_dir() and recipe.tokenizer.name != EMBEDDED else None
+def summary_table(found: Preparation) -> Table:
+    """Counts and times for the terminal."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    rows: list[tuple[str, int]] = [
+        ("items in the sources", found.items),
+        ("done now", found.done),
+        ("there before", found.already),
+        ("skipped by the sources' rules", found.skipped),
+        ("failed", found.failed),
+    ]
+    if found.pending:
+        rows.append(("left to other parts", found.pending))
+    for name, count in rows:
+        table.add_row(name, f"{count:,}")
+    if found.done and found.seconds_making:
+        rate = found.done / found.seconds_making
+        share = 100 * found.waiting_seconds / found.seconds_making
+        table.add_row("pictures per second", f"{rate:.1f}")
+        table.add_row("share of the time waiting for data", f"{share:.0f} %")
+    return table

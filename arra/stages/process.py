@@ -4,8 +4,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Protocol, runtime_checkable
 
 from arra.errors import ArraError
 from arra.runs import Run
@@ -15,11 +16,15 @@ PARENT = "ARRA_PARENT"
 SECONDS_FOR_ORPHANS = 30.0
 """How long the trainings of a killed demo may take to notice, finish their step and save."""
 
-Progress = Callable[[str, int, int], None]
-"""progress(what, done, total)"""
+
+@runtime_checkable
+class Progress(Protocol):
+    """How a stage tells where it is; a total of 0 is not known yet."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
 
 
-def silent(what: str, done: int, total: int) -> None:
+def silent(what: str, done: int, total: int, note: str = "") -> None:
     """Progress that nobody watches."""
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from arra.config import Recipe, dump_recipe
 from arra.data.batches import Batches, TrainBatch, text_batch
+from arra.data.loading import default_workers
 from arra.data.store import Store
 from arra.distributed import choose_device, set_threads
 from arra.encoders import encoder_spec
@@ -22,12 +23,15 @@ from arra.models import Decoder, DecoderSettings, save_model
 from arra.report.grids import png_bytes, strip
 from arra.runs import Run, atomic_write
 from arra.sample.generate import generate
+from arra.stages.captions import StoreCaptions, check_caption_lengths, store_text_tokenizer
+from arra.stages.makers import center_variant, crop_of, wanted_columns
 from arra.stages.origin import columns_of, note_store
-from arra.stages.prepare import codes_made_by, recipe_tokenizer, teacher_made_by, tokenizer_folder
+from arra.stages.pictures import OnlinePictures, StoredPictures, feature_sample, held_out_codes, open_pictures
 from arra.stages.process import locked
+from arra.stages.tokenizer import recipe_tokenizer, tokenizer_folder
 from arra.tokenizers import ImageTokenizer, load_tokenizer
 from arra.tokenizers.image import CARD_FILE, WEIGHTS_FILE
-from arra.tokenizers.text import TextTokenizer, train_text_tokenizer
+from arra.tokenizers.text import TextTokenizer
 from arra.train.alignment import build_alignment
 from arra.train.loop import Trainer
 
@@ -41,67 +45,52 @@ class TrainingData:
     store: Store
     tokenizer: ImageTokenizer
     text: TextTokenizer
+    pictures: StoredPictures | OnlinePictures
     batches: Batches
     validation: list[TrainBatch]
     features: Tensor | None
+    """Of a sample of the training pictures, to fit the target space on."""
 
 
-def training_data(recipe: Recipe, store: Store, tokenizer: ImageTokenizer) -> TrainingData:
+def training_data(
+    recipe: Recipe, store: Store, tokenizer: ImageTokenizer, *, device: torch.device | None = None
+) -> TrainingData:
     """Batches of the training split and the validation batches.
 
     Raises:
         ArraError: a column is missing or damaged, or a caption does not fit the prefix.
     """
-    codes = torch.from_numpy(store.column("codes")).long().flatten(1)
-    table = store.table()
-    prompts, alternatives = table.column("prompt").to_pylist(), table.column("alternatives").to_pylist()
-    train, validation = store.rows("train"), store.rows("validation")
+    columns = columns_of(recipe)
+    train, validation = store.rows("train", columns=columns), store.rows("validation", columns=columns)
     text = store_text_tokenizer(recipe, store)
     length = recipe.model.prefix_length
-    captions = [[text.encode(each) for each in (prompts[row], *alternatives[row])] for row in train]
-    for row, (own, *others) in zip(train, captions, strict=True):
-        if max(len(ids) for ids in (own, *others)) + 1 > length:
-            raise ArraError(
-                f"{store.path}: record '{table.column('id')[int(row)]}': its caption has {len(own)} tokens, more than "
-                f"model.prefix_length {length} - 1; raise it with --set model.prefix_length={len(own) + 1}"
-            )
+    check_caption_lengths(store, train, text, length)
+    workers = default_workers()
+    pictures = open_pictures(recipe, store, tokenizer, train, workers=workers, device=device or torch.device("cpu"))
     features = None
     if recipe.align is not None:
-        features = torch.from_numpy(store.column(f"features.{recipe.encoder.teacher}"))[torch.from_numpy(train)]
-        if recipe.align.shuffle_targets:
-            order = torch.randperm(len(features), generator=torch.Generator().manual_seed(recipe.train.seed + 1))
-            features = features[order]
+        features = feature_sample(pictures, center_variant(recipe), crop_of(recipe).num_variants)
     batches = Batches(
-        captions=captions,
-        codes=codes[torch.from_numpy(train)],
-        features=features,
+        captions=StoreCaptions(store, train, text),
+        pictures=pictures,
         prefix_length=length,
         batch_size=recipe.train.batch_size,
         condition_dropout=recipe.train.condition_dropout,
         alternative_share=recipe.train.alternative_share,
         word_dropout=recipe.train.word_dropout,
         seed=recipe.train.seed,
+        counts=store.source_counts(train),
+        groups=store.group_sizes(train),
+        window=store.window(columns),
+        weights=tuple(source.weight for source in recipe.data.all_sources),
     )
+    codes = held_out_codes(recipe, store, tokenizer, validation).flatten(1)
+    prompts = [store.fields(int(row), "prompt")[0] for row in validation]
     held_out = [
-        text_batch([text.encode(prompts[row]) for row in part], codes[torch.from_numpy(part)], prefix_length=length)
-        for part in np.array_split(validation, max(1, len(validation) // 64))
+        text_batch([text.encode(prompts[place]) for place in part], codes[torch.from_numpy(part)], prefix_length=length)
+        for part in np.array_split(np.arange(len(validation)), max(1, len(validation) // 64))
     ]
-    return TrainingData(store, tokenizer, text, batches, held_out, features)
-
-
-def caption_lengths(recipe: Recipe, store: Store) -> list[int]:
-    """The number of text ids of every record's caption, by the text tokenizer that training would make."""
-    text = store_text_tokenizer(recipe, store)
-    return [len(text.encode(prompt)) for prompt in store.prompts()]
-
-
-def store_text_tokenizer(recipe: Recipe, store: Store) -> TextTokenizer:
-    """The text tokenizer of a store: trained on all names of the training pictures."""
-    table, train = store.table(), store.rows("train")
-    prompts, alternatives = table.column("prompt").to_pylist(), table.column("alternatives").to_pylist()
-    return train_text_tokenizer(
-        [text for row in train for text in (prompts[row], *alternatives[row])], vocab_size=recipe.model.text_vocab_size
-    )
+    return TrainingData(store, tokenizer, text, pictures, batches, held_out, features)
 
 
 def build_model(recipe: Recipe, text: TextTokenizer, tokenizer: ImageTokenizer) -> Decoder:
@@ -139,6 +128,11 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
         ArraError: the folder holds another recipe's run, or the store does not fit the recipe.
         TrainingInterrupted: a signal asked to stop; run again to continue.
     """
+    if recipe.data.crop.kind == "buckets":
+        raise ArraError(
+            f"data.crop: '{recipe.data.crop.kind}' gives pictures of many shapes, this model paints one grid; "
+            "use center, flip, ten_crop or random"
+        )
     set_threads(recipe.train.threads)
     torch.set_flush_denormal(True)  # optimiser states of rare words decay into denormals, which are slow
     tokenizer = recipe_tokenizer(recipe, store)
@@ -155,7 +149,10 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
         with suppress(ArraError):  # it may lie on a read-only disk
             note_store(folder, store)
         return run
-    data = training_data(recipe, store, tokenizer)  # first: a recipe that does not fit its data leaves no run behind
+    device = choose_device(recipe.train.device)
+    data = training_data(
+        recipe, store, tokenizer, device=device
+    )  # first: a recipe that does not fit its data leaves no run behind
     run = Run.create(folder, dump_recipe(recipe), manifest)
     with locked(run):
         if is_finished(run, recipe):
@@ -165,7 +162,6 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
         if own is not None:
             for name in (WEIGHTS_FILE, CARD_FILE):  # the card last: a folder with a card is a tokenizer
                 atomic_write(folder / "tokenizer" / name, (own / name).read_bytes())
-        device = choose_device(recipe.train.device)
         model = build_model(recipe, data.text, tokenizer).to(device)
         alignment = None
         if recipe.align is not None and data.features is not None:
@@ -187,6 +183,8 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
             raise ArraError(
                 f"{folder}: training diverged at {error}; lower train.learning_rate or lengthen train.warmup_steps"
             ) from error
+        finally:
+            data.pictures.close()
         with trainer.averaged():
             save_model(model, folder)  # the projector stays behind in the checkpoints
     return run
@@ -198,9 +196,9 @@ def require_columns(recipe: Recipe, store: Store, tokenizer: ImageTokenizer) -> 
     Raises:
         ArraError: the store's columns are missing or were not made as the recipe says.
     """
-    store.require("codes", codes_made_by(recipe, tokenizer))
-    if recipe.align is not None:
-        store.require(f"features.{recipe.encoder.teacher}", teacher_made_by(recipe))
+    wanted = wanted_columns(recipe, tokenizer)
+    for name in columns_of(recipe):
+        store.require(name, wanted[name])
 
 
 def is_finished(run: Run, recipe: Recipe) -> bool:
@@ -210,9 +208,9 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
 
 
 def _previewer(recipe: Recipe, data: TrainingData, run: Run) -> Callable[[Decoder, int], None]:
-    prompts = data.store.prompts()
     rows = data.store.rows("validation")
-    chosen = [prompts[row] for row in rows[:: max(1, len(rows) // NUM_PREVIEWS)][:NUM_PREVIEWS]]
+    spaced = rows[:: max(1, len(rows) // NUM_PREVIEWS)][:NUM_PREVIEWS]
+    chosen = [data.store.fields(int(row), "prompt")[0] for row in spaced]
 
     def preview(model: Decoder, step: int) -> None:
         result = generate(model, data.tokenizer, prompts=chosen, seeds=list(range(len(chosen))))

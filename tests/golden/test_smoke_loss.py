@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from arra.data.batches import Batches
+from arra.data.batches import Batches, InMemory
 from arra.models import Decoder, DecoderSettings
 from arra.runs import Run
 from arra.train.alignment import build_alignment
@@ -31,8 +31,7 @@ def synthetic_batches() -> Batches:
     angle = kinds[:, None] * torch.arange(1, 9)[None] * 0.7
     return Batches(
         captions=[[[2 + row % 5, 7 + row // 5]] for row in range(RECORDS)],
-        codes=codes,
-        features=torch.cat([angle.cos(), angle.sin()], 1) + 0.5,
+        pictures=InMemory(codes, torch.cat([angle.cos(), angle.sin()], 1) + 0.5),
         prefix_length=4,
         batch_size=8,
         condition_dropout=0.1,
@@ -61,10 +60,11 @@ def curve(folder: Path, **changes: Any) -> list[dict[str, float]]:
         )
     )
     batches = synthetic_batches()
-    assert batches.features is not None
+    assert isinstance(batches.pictures, InMemory)
+    assert batches.pictures.features is not None
     fields: dict[str, Any] = {"steps": STEPS, "batch_size": 8, "warmup_steps": 5, "log_every_steps": 1}
     settings = TrainSettings(**{**fields, "learning_rate": 5e-3, "z_weight": 1e-2, "clip_norm": 2.0, **changes})
-    align = build_alignment(AlignSettings(layer=1, components=6), batches.features, hidden_size=32, seed=0)
+    align = build_alignment(AlignSettings(layer=1, components=6), batches.pictures.features, hidden_size=32, seed=0)
     run = Run.create(folder, "name: smoke\n", {})
     Trainer(model=model, alignment=align, batches=batches, validation=[], settings=settings, run=run).train()
     return [{key: row[key] for key in SHOWN} for row in run.read_metrics()]

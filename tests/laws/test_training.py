@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from arra.data.batches import Batches, text_batch
+from arra.data.batches import Batches, InMemory, text_batch
 from arra.errors import ArraError
 from arra.models import Decoder, DecoderSettings
 from arra.runs import Run
@@ -59,14 +59,18 @@ def make_batches(batch_size: int = 6, features: Tensor | None = None) -> Batches
         features = torch.randn(RECORDS, 8, generator=generator)
     return Batches(
         captions=[[[2 + row], [3, 2 + row]] for row in range(RECORDS)],
-        codes=torch.randint(0, 16, (RECORDS, 6), generator=generator),
-        features=features,
+        pictures=InMemory(torch.randint(0, 16, (RECORDS, 6), generator=generator), features),
         prefix_length=5,
         batch_size=batch_size,
         condition_dropout=0.2,
         alternative_share=0.3,
         seed=1,
     )
+
+
+def held(batches: Batches) -> InMemory:
+    assert isinstance(batches.pictures, InMemory)
+    return batches.pictures
 
 
 def make_trainer(
@@ -83,9 +87,10 @@ def make_trainer(
     fields |= {"validate_every_steps": 4, "checkpoint_every_steps": 5, "preview_every_steps": 1 if preview else None}
     train_settings = TrainSettings(**{**fields, **changes})
     batches = make_batches(train_settings.batch_size, features)
-    assert batches.features is not None
-    held_out = text_batch([[2], [3, 4], []], batches.codes[:3], prefix_length=5)
-    alignment = None if align is None else build_alignment(align, batches.features, hidden_size=32, seed=1)
+    pictures = held(batches)
+    assert pictures.features is not None
+    held_out = text_batch([[2], [3, 4], []], pictures.codes[:3], prefix_length=5)
+    alignment = None if align is None else build_alignment(align, pictures.features, hidden_size=32, seed=1)
     return Trainer(
         model=make_model(dropout),
         alignment=alignment,
@@ -345,8 +350,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(micro: int | None, tm
         trainer.train_step()
     before = state_of(trainer)
     before = {name: value.clone() for name, value in before.items()}
-    assert trainer.batches.features is not None
-    trainer.batches.features[:] = math.inf
+    features = held(trainer.batches).features
+    assert features is not None
+    features[:] = math.inf
     with pytest.raises(FloatingPointError, match=r"step 3: loss nan, gradient norm"):
         trainer.train_step()
     assert trainer.step == 3

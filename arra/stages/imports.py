@@ -1,0 +1,155 @@
+"""What others have already computed, taken into the store: LlamaGen's code folders and its T5 caption features.
+
+Legend: V variants of a picture, L = h w codes, C caption positions, F feature.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from arra.config import Recipe
+from arra.data.columns import ColumnWriter
+from arra.data.crops import Crop, describe
+from arra.data.llamagen_lists import BROKEN_HEADER, LlamaGenCodesSource, LlamaGenListSource
+from arra.data.records import Failure, Source
+from arra.data.store import Store
+from arra.errors import ArraError
+from arra.stages.makers import CODES, smallest_unsigned
+from arra.stages.process import Progress
+
+CAPTION_FEATURES = "caption_features.flan-t5-xl"
+T5_WIDTH = 2048
+
+
+def import_codes(
+    recipe: Recipe, store: Store, sources: Sequence[LlamaGenCodesSource], progress: Progress
+) -> ColumnWriter | None:
+    """The written column of the sources' codes, to be published; None if the store has it.
+
+    Raises:
+        ArraError: the recipe's tokenizer, crop or image size is not what the sources say.
+    """
+    crop, first = Crop(recipe.data.crop, recipe.data.image_size), sources[0]
+    for source in sources:
+        for key, ours, theirs in (
+            ("tokenizer.name", recipe.tokenizer.name, source.tokenizer),
+            ("num_codes", first.num_codes, source.num_codes),
+        ):
+            if ours != theirs:
+                raise ArraError(f"{source.path}: its codes are of {key} {theirs!r}, the recipe says {ours!r}")
+    grid = first.grid or _square_grid(first, store)
+    made_by = {
+        "tokenizer": first.tokenizer,
+        "weights": None,
+        "num_codes": first.num_codes,
+        "crop": describe(recipe.data.crop, recipe.data.image_size),
+        "imported": "LlamaGen code folder",
+    }
+    prefixed = len(recipe.data.all_sources) > 1
+
+    def read(source: Source, name: str) -> np.ndarray:
+        assert isinstance(source, LlamaGenCodesSource)
+        codes = source.read_codes(name.removeprefix(f"{source.name}/") if prefixed else name)
+        if codes.shape != (crop.num_variants, grid[0] * grid[1]):
+            raise ValueError(
+                f"codes of {codes.shape[0]} crops with {codes.shape[1]} each; the recipe's {made_by['crop']} has "
+                f"{crop.num_variants} with {grid[0] * grid[1]}"
+            )
+        return codes.reshape(-1, *grid)
+
+    return _import(
+        store,
+        CODES,
+        made_by,
+        shape=grid,
+        variants=crop.num_variants,
+        dtype=smallest_unsigned(first.num_codes),
+        sources=sources,
+        read=read,
+        progress=progress,
+    )
+
+
+def import_caption_features(
+    recipe: Recipe, store: Store, sources: Sequence[LlamaGenListSource], progress: Progress
+) -> ColumnWriter | None:
+    """The written column of the sources' T5 features, each as long as its caption; None if the store has it."""
+    made_by = {"encoder": "google/flan-t5-xl", "weights": None, "slots": 120, "imported": "LlamaGen caption features"}
+    prefixed = len(recipe.data.all_sources) > 1
+
+    def read(source: Source, name: str) -> np.ndarray:
+        assert isinstance(source, LlamaGenListSource)
+        path = source.caption_feature_path(name.removeprefix(f"{source.name}/") if prefixed else name)
+        features = _read_array(path)
+        if features.ndim != 3 or features.shape[0] != 1 or features.shape[2] != T5_WIDTH or features.dtype.kind != "f":
+            raise ValueError(f"{path}: {features.dtype} {features.shape}; expected floats (1, up to 120, {T5_WIDTH})")
+        return features[0]
+
+    return _import(
+        store,
+        CAPTION_FEATURES,
+        made_by,
+        shape=(None, T5_WIDTH),
+        variants=1,
+        dtype=recipe.data.features_dtype,
+        sources=sources,
+        read=read,
+        progress=progress,
+    )
+
+
+def _import(
+    store: Store,
+    name: str,
+    made_by: dict[str, Any],
+    *,
+    shape: tuple[int | None, ...],
+    variants: int,
+    dtype: str,
+    sources: Sequence[Source],
+    read: Callable[[Source, str], np.ndarray],
+    progress: Progress,
+) -> ColumnWriter | None:
+    if store.has(name, made_by):
+        return None
+    writer = store.writer(name, made_by=made_by, shape=shape, variants=variants, dtype=dtype)
+    done = writer.done()
+    for shard in range(store.num_shards):
+        progress(f"importing {name}", store.shard_starts[shard], len(store))
+        if shard in done:
+            continue
+        table = store.records_of(shard)
+        empty = np.zeros([variants, *shape] if None not in shape else [0] * len(shape), dtype)  # type: ignore[list-item]
+        values, valid, failures = [empty] * len(table), np.zeros(len(table), dtype=bool), []
+        for place, (record, source) in enumerate(_ids_and_sources(table)):
+            try:
+                values[place] = read(sources[source], record)
+                valid[place] = True
+            except BROKEN_HEADER as error:
+                failures.append(Failure(record, sources[source].path, " ".join(str(error).split())[:500]))
+        ready = np.stack(values) if None not in shape else values
+        writer.write(shard, table.column("id").combine_chunks(), ready, valid=valid, failures=failures)
+    return writer
+
+
+def _ids_and_sources(table: pa.Table) -> list[tuple[str, int]]:
+    return list(zip(table.column("id").to_pylist(), table.column("source").to_pylist(), strict=True))
+
+
+def _square_grid(source: LlamaGenCodesSource, store: Store) -> tuple[int, int]:
+    count = source.read_codes(str(store.fields(0, "id")[0]).rpartition("/")[2]).shape[1]
+    side = round(count**0.5)
+    if side * side != count:
+        raise ArraError(f"{source.path}: {count} codes are no square; say the source's 'grid: [rows, columns]'")
+    return side, side
+
+
+def _read_array(path: Path) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: np.ndarray = np.load(path, allow_pickle=False)
+    return found

@@ -1,0 +1,229 @@
+"""Codes and features of training pictures: read from the store, or made from the pictures while training.
+
+Legend: B batch, P image positions, F feature, N records of the split.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from arra.config import Recipe
+from arra.data.columns import ColumnReader
+from arra.data.crops import Draw
+from arra.data.loading import Loaded, Loader
+from arra.data.remote import RemoteColumn, RemoteStore
+from arra.data.store import Store
+from arra.errors import ArraError
+from arra.runs import leave_with
+from arra.stages.makers import (
+    CODES,
+    CROP,
+    LARGE,
+    PIXELS,
+    CodesMaker,
+    FeaturesMaker,
+    build_makers,
+    features_name,
+    views_of,
+)
+from arra.stages.tokenizer import center_pictures
+from arra.tokenizers import ImageTokenizer
+
+REMOTE_RUN = 256
+STATISTICS_RECORDS = 8192
+"""Pictures whose features give the mean and the components of the target space: enough for a few hundred components."""
+
+
+@dataclass(frozen=True)
+class StoredPictures:
+    """Codes and features read from the store, the asked rows alone."""
+
+    rows: np.ndarray
+    """Row numbers of the split's records."""
+    codes: ColumnReader
+    features: ColumnReader | None = None
+    feature_rows: np.ndarray | None = None
+    """Whose features each record is given, where not its own (the shuffled control)."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(
+        self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]
+    ) -> tuple[Int[Tensor, "B P"], Float[Tensor, "B F"] | None]:
+        """Of several crops of a picture the one that `chance` falls on, the same in codes and features."""
+        own = self.rows[rows.numpy()]
+        variants = (chance[:, 0].double() * self.codes.entry.variants).long().numpy()
+        codes = torch.from_numpy(self.codes.take(own, variants=variants).astype(np.int64)).flatten(1)
+        if self.features is None:
+            return codes, None
+        whose = own if self.feature_rows is None else self.feature_rows[rows.numpy()]
+        return codes, torch.from_numpy(self.features.take(whose, variants=variants).astype(np.float32))
+
+    def expect(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> None:
+        """Nothing; a remote store begins to fetch them."""
+        own = self.rows[rows.numpy()]
+        self.codes.expect(own)
+        if self.features is not None:
+            self.features.expect(own)
+
+    def close(self) -> None:
+        """Nothing; what was expected of a remote store is not fetched any more."""
+        if isinstance(self.codes, RemoteColumn):
+            self.codes.groups.close()
+
+
+@dataclass
+class OnlinePictures:
+    """Codes and features made while training, by the same loader, crop, tokenizer and encoder as preparation."""
+
+    rows: np.ndarray
+    loader: Loader
+    codes: CodesMaker
+    features: FeaturesMaker | None
+    is_random: bool
+    workers: int
+    feature_rows: np.ndarray | None = None
+    _pool: ProcessPoolExecutor | None = None
+    _expected: dict[tuple[int, ...], list[Future[Loaded]]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(
+        self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]
+    ) -> tuple[Int[Tensor, "B P"], Float[Tensor, "B F"] | None]:
+        """The pictures' codes and features now.
+
+        Raises:
+            ArraError: a picture cannot be read any more, or is another one than it was.
+        """
+        self.expect(rows, chance)
+        loaded = _joined([part.result() for part in self._expected.pop(_key(rows))])
+        if loaded.failures:
+            failure = loaded.failures[0]
+            raise ArraError(f"{failure.where}: picture of record '{failure.id}': {failure.reason}")
+        variants = (chance[:, 0].double() * self.codes.variants).long().tolist()
+        codes = _chosen(self.codes.make(loaded), variants)
+        features = None if self.features is None else _chosen(self.features.make(loaded), variants).float()
+        return codes.long().flatten(1), features
+
+    def expect(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> None:
+        """Nothing; loader processes begin to read and crop these pictures."""
+        if _key(rows) in self._expected:
+            return
+        own = self.rows[rows.numpy()]
+        draws = [Draw(*each) if self.is_random else None for each in chance.tolist()]
+        pool = self._started()
+        parts = np.array_split(np.arange(len(own)), max(1, min(len(own), self.workers)))
+        self._expected[_key(rows)] = [
+            pool.submit(_load_rows, own[part].tolist(), [draws[place] for place in part]) for part in parts
+        ]
+        while len(self._expected) > 2:  # a resumed or jumping reader leaves what it expected
+            self._expected.pop(next(iter(self._expected)))
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = get_context("spawn")  # a copy of a process whose threads compute may hang
+            self._pool = ProcessPoolExecutor(
+                max(1, self.workers), context, initializer=_use_loader, initargs=(self.loader, os.getpid())
+            )
+        return self._pool
+
+    def close(self) -> None:
+        """Nothing; the loader processes have left."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+
+_LOADER: Loader | None = None
+
+
+def _use_loader(loader: Loader, parent: int) -> None:
+    global _LOADER
+    leave_with(parent)
+    _LOADER = loader
+
+
+def _load_rows(rows: list[int], draws: Sequence[Draw | None]) -> Loaded:
+    assert _LOADER is not None
+    return _LOADER.load_rows(rows, draws)
+
+
+def _key(rows: Tensor) -> tuple[int, ...]:
+    return tuple(rows.tolist())
+
+
+def _joined(parts: Sequence[Loaded]) -> Loaded:
+    first, *rest = parts
+    for part in rest:
+        first.extend(part)
+    return first
+
+
+def _chosen(values: Sequence[np.ndarray], variants: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.stack([value[variant] for value, variant in zip(values, variants, strict=True)]))
+
+
+def held_out_codes(recipe: Recipe, store: Store, tokenizer: ImageTokenizer, rows: np.ndarray) -> Int[Tensor, "B h w"]:
+    """The codes of some pictures' middle squares, whatever the crop of training; stored or made now."""
+    if recipe.data.mode == "cached" and recipe.data.crop.kind in ("center", "flip"):
+        return torch.from_numpy(store.reader(CODES).take(rows).astype(np.int64))
+    return tokenizer.encode(held_out_pixels(recipe, store, rows))
+
+
+def held_out_pixels(recipe: Recipe, store: Store, rows: np.ndarray) -> UInt8[Tensor, "B H W 3"]:
+    """The middle squares of some pictures, stored or cropped now."""
+    if store.entry(PIXELS) is not None:
+        return torch.from_numpy(store.reader(PIXELS).take(rows))
+    return center_pictures(recipe, store, rows=rows)
+
+
+def feature_sample(pictures: StoredPictures | OnlinePictures, center: int, num_variants: int) -> Float[Tensor, "N F"]:
+    """Features of at most `STATISTICS_RECORDS` evenly spaced pictures, for the statistics of the target space."""
+    count = min(len(pictures), STATISTICS_RECORDS)
+    # from afar neighbours come together: runs of them touch few row groups
+    far = isinstance(pictures, StoredPictures) and isinstance(pictures.codes, RemoteColumn)
+    run = min(len(pictures), REMOTE_RUN) if far else 1
+    starts = torch.linspace(0, len(pictures) - run, max(1, count // run), dtype=torch.float64).round().long()
+    places = (starts[:, None] + torch.arange(run)).flatten()
+    parts = []
+    for part in places.split(256):
+        chance = torch.full((len(part), 4), (center + 0.5) / num_variants)
+        features = pictures.take(part, chance)[1]
+        assert features is not None
+        parts.append(features)
+    return torch.cat(parts)
+
+
+def open_pictures(
+    recipe: Recipe, store: Store, tokenizer: ImageTokenizer, rows: np.ndarray, *, workers: int, device: torch.device
+) -> StoredPictures | OnlinePictures:
+    """The pictures of the given rows, from the store or made online as `data.mode` says; with features if aligned."""
+    feature_rows = None
+    if recipe.align is not None and recipe.align.shuffle_targets:
+        if isinstance(store, RemoteStore):
+            raise ArraError("align.shuffle_targets: the shuffled control needs a store on disk; it has no locality")
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.train.seed + 1))
+        feature_rows = rows[order.numpy()]
+    if recipe.data.mode == "cached":
+        features = store.reader(features_name(recipe)) if recipe.align is not None else None
+        return StoredPictures(rows, store.reader(CODES), features, feature_rows)
+    if feature_rows is not None:
+        raise ArraError("align.shuffle_targets: the shuffled control needs stored features; set data.mode: cached")
+    names = [CODES] + ([features_name(recipe)] if recipe.align is not None else [])
+    codes, *rest = build_makers(recipe, names, tokenizer, device=device, batch_size=32)
+    assert isinstance(codes, CodesMaker)
+    features_maker = rest[0] if rest else None
+    assert features_maker is None or isinstance(features_maker, FeaturesMaker)
+    views = {name: view for name, view in views_of(recipe).items() if name in (CROP, *([LARGE] if rest else []))}
+    loader = Loader(store.path, views, grey16=recipe.data.crop.grey16)
+    return OnlinePictures(rows, loader, codes, features_maker, recipe.data.crop.kind == "random", workers)

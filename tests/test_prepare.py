@@ -1,0 +1,330 @@
+"""Preparation: the same store whatever makes it and however often it dies; every item is in the store or told of."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from arra.config import Recipe, load_recipe
+from arra.data.store import Store
+from arra.errors import ArraError
+from arra.stages.prepare import PrepareOptions, prepare
+from arra.stages.train import training_data
+from arra.tokenizers import load_tokenizer
+from tests.data.hostile import HostileFolder, fates, make_hostile_conversations, make_hostile_folder
+
+INLINE = PrepareOptions(workers=0, batch_size=8, threads=1)
+
+
+def tree(path: Path) -> dict[str, str]:
+    """The bytes of every file below a folder, locks apart."""
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.endswith(".lock")]
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory, draw_pictures: Callable[[Path], Path]) -> Path:
+    return draw_pictures(tmp_path_factory.mktemp("prepare") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def recipe_for(toy_settings: tuple[str, ...]) -> Callable[..., Recipe]:
+    def recipe(path: Path | str, *more: str, source: str = "folder", row: str = "aligned") -> Recipe:
+        own = [f"data.source={source}", f"data.path={path}", "data.shard_records=16"]
+        chosen = [text for text in toy_settings if row == "aligned" or not text.startswith("align.")]
+        return load_recipe("demo", row=row, overrides=[*own, *chosen, *more])
+
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, pictures: Path, recipe_for: Callable[..., Recipe]
+) -> tuple[Path, dict[str, str]]:
+    """A store made in one go, and its bytes."""
+    folder = tmp_path_factory.mktemp("whole") / "store"
+    found = prepare(recipe_for(pictures), folder, options=INLINE)
+    assert (found.items, found.done, found.already, found.failed, found.pending) == (60, 60, 0, 0, 0)
+    return folder, tree(folder)
+
+
+def test_loader_processes_change_nothing(
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], whole: tuple[Path, dict[str, str]]
+) -> None:
+    options = PrepareOptions(workers=2, batch_size=8, threads=1)
+    prepare(recipe_for(pictures), tmp_path / "store", options=options)
+    assert tree(tmp_path / "store") == whole[1]
+
+
+def test_parts_of_a_job_array_make_the_store_of_one(
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], whole: tuple[Path, dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    store = tmp_path / "store"
+    first = prepare(
+        recipe_for(pictures), store, options=PrepareOptions(workers=0, batch_size=8, threads=1, shard=(1, 3))
+    )
+    assert first.ok
+    assert first.pending == 60 - first.done
+    assert not (store / "codes").exists()
+    with pytest.raises(ArraError, match="column 'codes' is missing"):
+        Store.open(store).column("codes")
+    monkeypatch.setenv("WORLD_SIZE", "3")  # as torchrun says it
+    for rank, pending in (("0", True), ("2", False)):
+        monkeypatch.setenv("RANK", rank)
+        found = prepare(recipe_for(pictures), store, options=INLINE)
+        assert bool(found.pending) == pending
+    assert tree(store) == whole[1]
+
+
+@pytest.mark.slow
+def test_ray_makes_the_same_store(
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], whole: tuple[Path, dict[str, str]]
+) -> None:
+    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    recipe = recipe_for(pictures)
+    (tmp_path / "run.py").write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from arra.config import load_recipe\n"
+        "from arra.stages.prepare import PrepareOptions, prepare\n"
+        "import ray\n"
+        "ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
+        "recipe = load_recipe(sys.argv[1])\n"
+        "options = PrepareOptions(engine='ray', workers=2, batch_size=8, threads=1)\n"
+        "found = prepare(recipe, Path(sys.argv[2]), options=options)\n"
+        "assert (found.done, found.failed) == (60, 0), found\n"
+    )
+    from arra.config import dump_recipe
+
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "recipe.yaml"), str(tmp_path / "store")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert tree(tmp_path / "store") == whole[1]
+
+
+def num_shard_files(store: Path) -> int:
+    """Files of shards in the making, while another process writes and renames."""
+    parts = [path for path in os.listdir(store) if path.endswith(".part")] if store.is_dir() else []
+    count = 0
+    for part in parts:
+        with suppress(FileNotFoundError):
+            count += sum(name.endswith(".arrow") for name in os.listdir(store / part))
+    return count
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_the_undisturbed_store(
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], whole: tuple[Path, dict[str, str]]
+) -> None:
+    """kill -9 as soon as the n-th shard file appears: between shards, between columns, before publishing."""
+    from arra.config import dump_recipe
+
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe_for(pictures)))
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "arra", "prepare", str(tmp_path / "recipe.yaml"), "--store", str(store)]
+    command += ["--workers", "1", "--batch-size", "8", "--threads", "1"]
+    for seen in (1, 9):
+        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+        while num_shard_files(store) < seen and process.poll() is None:
+            os.sched_yield()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (store / "codes").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "there before" in done.stdout
+    assert tree(store) == whole[1]
+
+
+def test_interrupted_at_any_shard_it_continues(
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], whole: tuple[Path, dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from arra.data.columns import ColumnWriter
+
+    write, store = ColumnWriter.write, tmp_path / "store"
+    for survive in (0, 3, 7):
+        left = survive
+
+        def stop(self: ColumnWriter, *arguments: object, **options: object) -> None:
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            write(self, *arguments, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(ColumnWriter, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(recipe_for(pictures), store, options=INLINE)
+    monkeypatch.setattr(ColumnWriter, "write", write)
+    found = prepare(recipe_for(pictures), store, options=INLINE)
+    assert found.already > 0
+    assert found.already + found.done == 60
+    assert tree(store) == whole[1]
+    again = prepare(recipe_for(pictures), store, options=INLINE)
+    assert (again.done, again.already) == (0, 60)
+    assert tree(store) == whole[1]
+
+
+def test_another_encoder_adds_a_column_and_touches_nothing(
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], whole: tuple[Path, dict[str, str]], run_arra
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(whole[0], store)
+    recipe = recipe_for(pictures, "encoder.teacher=efficientnet-lite1")
+    prepare(recipe, store, options=INLINE, only=("features",))
+    after = tree(store)
+    assert {name: after[name] for name in whole[1]} == whole[1]
+    assert {name.split("/")[0] for name in after.keys() - whole[1].keys()} == {"features.efficientnet-lite1"}
+    assert Store.open(store).column("features.efficientnet-lite1").shape == (60, 1280)
+
+
+def test_a_picture_that_changed_is_not_taken_for_the_old_one(
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], whole: tuple[Path, dict[str, str]]
+) -> None:
+    store, moved = tmp_path / "store", tmp_path / "pictures"
+    shutil.copytree(whole[0], store)
+    shutil.copytree(pictures, moved)
+    shutil.copy(moved / "001.png", moved / "000.png")
+    recipe = recipe_for(moved, "encoder.teacher=efficientnet-lite1")
+    found = prepare(recipe, store, options=INLINE)
+    assert found.failed == 1
+    assert not found.ok
+    (line,) = (store / "failures.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "000.png"
+    assert "not the one that the store was made from" in json.loads(line)["reason"]
+    shutil.copy(pictures / "000.png", moved / "000.png")
+    assert prepare(recipe, store, options=INLINE).failed == 0
+
+
+def test_failures_over_the_limit_end_with_code_1_and_are_mended(
+    tmp_path: Path, pictures: Path, toy_settings: tuple[str, ...], run_arra, whole: tuple[Path, dict[str, str]]
+) -> None:
+    folder, store = tmp_path / "pictures", tmp_path / "store"
+    shutil.copytree(pictures, folder)
+    (folder / "007.png").write_bytes(b"no picture")
+    (folder / "031.png").write_bytes((folder / "031.png").read_bytes()[:100])
+    sets = [part for each in toy_settings for part in ("--set", each)]
+    sets += ["--set", "data.source=folder", "--set", f"data.path={folder}", "--set", "data.shard_records=16"]
+    command = [
+        "prepare",
+        "demo",
+        "--row",
+        "aligned",
+        "--store",
+        store,
+        "--workers",
+        0,
+        "--batch-size",
+        8,
+        "--threads",
+        1,
+    ]
+    answer = run_arra(*command, *sets)
+    assert answer.code == 1
+    assert "2 of 60 items failed, more than data.max_failed_fraction 0 allows" in answer.err
+    listed = [json.loads(line) for line in (store / "failures.jsonl").read_text().splitlines()]
+    assert [each["id"] for each in listed] == ["007.png", "031.png"]
+    assert all(each["reason"].startswith("not a readable image") for each in listed)
+    assert not (store / "codes").exists()
+
+    tolerant = run_arra(*command, *sets, "--set", "data.max_failed_fraction=0.05")
+    assert tolerant.code == 0
+    opened = Store.open(store)
+    assert opened.reader("codes").valid().sum() == 58
+    assert not set(np.nonzero(~opened.reader("codes").valid())[0]) & set(opened.rows("train", columns=["codes"]))
+
+    for name in ("007.png", "031.png"):
+        shutil.copy(pictures / name, folder / name)
+    assert run_arra(*command, *sets).code == 1  # what failed stays failed until it is tried again
+    mended = run_arra(*command, *sets, "--retry-failed")
+    assert mended.code == 0
+    assert not (store / "failures.jsonl").exists()
+    assert Store.open(store).reader("codes").valid().all()
+    expected = {name: value for name, value in whole[1].items() if not name.startswith("records")}
+    after = tree(store)
+    assert {name: after[name] for name in expected} == expected  # as if nothing had ever failed
+
+
+def check_fates(made: HostileFolder, store: Store) -> None:
+    good, failed = fates(made, store)
+    assert made.expected_good <= good
+    assert made.expected_bad <= failed
+    assert not good & failed
+    assert {item.id for item in made.items} == good | failed
+    assert store.reader("codes").valid().sum() == len(good)
+
+
+def test_no_hostile_input_crashes_or_is_lost(tmp_path: Path, recipe_for: Callable[..., Recipe]) -> None:
+    """2,000 hostile inputs: each is either in the store with codes or in failures.jsonl, by its own name."""
+    made = make_hostile_folder(tmp_path / "hostile", count=2000)
+    recipe = recipe_for(tmp_path / "hostile", "data.max_failed_fraction=1", "data.shard_records=256")
+    store = prepare(recipe, tmp_path / "store", options=PrepareOptions(workers=1, threads=1)).checked()
+    check_fates(made, store)
+    valid, features = store.reader("codes").valid(), store.column("features.efficientnet-lite0")
+    assert (np.abs(features[valid]).sum(1) > 0).all()
+    assert not features[~valid].any()
+
+
+def test_hostile_conversations(tmp_path: Path, recipe_for: Callable[..., Recipe]) -> None:
+    made = make_hostile_conversations(tmp_path / "hostile" / "points.json")
+    recipe = recipe_for(made.path, "data.max_failed_fraction=1", source="conversations")
+    check_fates(made, prepare(recipe, tmp_path / "store", options=INLINE).checked())
+
+
+@pytest.mark.parametrize("crop", ["{kind: center}", "{kind: ten_crop, range: 1.25}"])
+def test_online_gives_the_numbers_of_the_store(
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], crop: str
+) -> None:
+    """Fixed crops: the same codes, and features up to the rounding of another batch size."""
+    cached, online = (recipe_for(pictures, f"data.crop={crop}", f"data.mode={mode}") for mode in ("cached", "online"))
+    tokenizer = load_tokenizer(cached.tokenizer.name)
+    stored = training_data(cached, prepare(cached, tmp_path / "cached", options=INLINE).checked(), tokenizer)
+    made = training_data(online, prepare(online, tmp_path / "online", options=INLINE).checked(), tokenizer)
+    try:
+        assert not (tmp_path / "online" / "codes").exists()
+        assert stored.features is not None
+        assert made.features is not None
+        torch.testing.assert_close(made.features, stored.features, rtol=1e-4, atol=1e-5)
+        for step in (0, 1, 5):
+            one, other = stored.batches.batch(step), made.batches.batch(step)
+            assert torch.equal(one.tokens, other.tokens)
+            assert one.features is not None
+            assert other.features is not None
+            torch.testing.assert_close(one.features, other.features, rtol=1e-4, atol=1e-5)
+        for one, other in zip(stored.validation, made.validation, strict=True):
+            assert torch.equal(one.tokens, other.tokens)
+    finally:
+        made.pictures.close()
+
+
+def test_random_crops_are_functions_of_seed_and_step(
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe]
+) -> None:
+    recipe = recipe_for(pictures, "data.crop={kind: random}", "data.mode=online", row="baseline")
+    store = prepare(recipe, tmp_path / "store", options=INLINE).checked()
+    tokenizer = load_tokenizer(recipe.tokenizer.name)
+    first, second = (training_data(recipe, store, tokenizer) for _ in range(2))
+    try:
+        in_order = [first.batches.batch(step).tokens for step in range(3)]
+        assert torch.equal(second.batches.batch(2).tokens, in_order[2])
+        assert torch.equal(second.batches.batch(0).tokens, in_order[0])
+        rows = first.batches.batch(0).rows
+        assert rows is not None
+        other = first.pictures.take(rows, torch.full((len(rows), 4), 0.01))[0]
+        assert not torch.equal(other, in_order[0][:, -other.shape[1] :])
+    finally:
+        first.pictures.close()
+        second.pictures.close()
