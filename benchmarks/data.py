@@ -150,6 +150,43 @@ def stores(folder: Path, records: int) -> None:
             f"{found['peak']:.0f} MB); beside torch it adds {in_training['resident'] - in_training['before']:.0f} MB"
         )
 
+        if not features:
+            rate = whole_batches(path)
+            print(
+                f"the same with captions read and tokenised, whole training batches on one thread: {rate:,.0f} "
+                f"images/s, {rate / needed * 20:.1f} times the H100"
+            )
+
+
+def whole_batches(path: Path) -> float:
+    """Images per second of complete batches: codes, captions as text ids, layout."""
+    import torch
+
+    from arra.data.batches import Batches
+    from arra.stages.captions import StoreCaptions
+    from arra.stages.pictures import StoredPictures
+    from arra.tokenizers.text import train_text_tokenizer
+
+    torch.set_num_threads(1)
+    store = Store.open(path)
+    rows = store.rows("train")
+    text = train_text_tokenizer([f"picture number {number}" for number in range(1000)], vocab_size=1000)
+    batches = Batches(
+        captions=StoreCaptions(store, rows, text),
+        pictures=StoredPictures(rows, store.reader("codes")),
+        prefix_length=14,
+        batch_size=256,
+        condition_dropout=0.1,
+        alternative_share=0.3,
+        seed=0,
+    )
+    for step in range(40):
+        batches.batch(step)
+    started, count = time.perf_counter(), 100
+    for step in range(100, 100 + count):
+        batches.batch(step)
+    return count * 256 / (time.perf_counter() - started)
+
 
 def draw_folder(folder: Path, count: int) -> Path:
     """A folder of real pictures: OpenMoji drawings as PNG with captions."""
