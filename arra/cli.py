@@ -238,10 +238,10 @@ def show(store: Annotated[str, typer.Argument(help="A store, or an export: a fol
 
     Example: arra data show runs/store
     """
-    from arra.data.store import Store
+    from arra.data.remote import open_store
     from arra.stages.export import describe_store
 
-    _console().print(describe_store(Store.open(store)))
+    _console().print(describe_store(open_store(store)))
 
 
 @data.command()
@@ -250,12 +250,12 @@ def verify(store: Annotated[str, typer.Argument(help="A store, or an export: a f
 
     Example: arra data verify runs/store
     """
-    from arra.data.store import Store
+    from arra.data.remote import open_store
     from arra.display import Display
     from arra.stages.export import verify_store
 
     with Display(_console()) as display:
-        found = verify_store(Store.open(store), progress=display.row("verify"))
+        found = verify_store(open_store(store), progress=display.row("verify"))
     for line in found.damaged:
         typer.echo(line, err=True)
     typer.echo(f"{found.files} files, {found.bytes / 2**20:.1f} MiB: {len(found.damaged)} damaged")
@@ -278,14 +278,14 @@ def export(
 
     Example: arra data export runs/store exports/mine
     """
-    from arra.data.store import Store
+    from arra.data.remote import open_store
     from arra.display import Display
     from arra.stages.export import export_store
 
     names = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
     with Display(_console()) as display:
         found = export_store(
-            Store.open(store), out, columns=names, rows_per_group=rows_per_group, progress=display.row("export")
+            open_store(store), out, columns=names, rows_per_group=rows_per_group, progress=display.row("export")
         )
     typer.echo(str(found))
 
@@ -311,12 +311,12 @@ def train(
 
         typer.echo(describe_recipe(loaded), nl=False)
         return
-    from arra.data.store import Store
+    from arra.data.remote import open_store
     from arra.stages.process import leave_with_parent
     from arra.stages.train import train as train_run
 
     leave_with_parent()
-    run = train_run(loaded, Store.open(store), out or Path("runs") / (loaded.row or loaded.name))
+    run = train_run(loaded, open_store(store), out or Path("runs") / (loaded.row or loaded.name))
     typer.echo(str(run.path))
 
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -39,6 +40,7 @@ class Display:
         self.rows: dict[str, TaskID] = {}
         self.last_time: dict[str, float] = {}
         self.last_line: dict[str, str] = {}
+        self.begun: dict[tuple[str, str], tuple[float, int]] = {}
 
     def __enter__(self) -> "Display":
         self.progress.start()
@@ -73,7 +75,11 @@ class Display:
         if (done < total or not total) and now - self.last_time.get(row, -math.inf) < self.interval:
             return
         count = f" {done}/{total}" if total > 1 else f" {done}" if done and not total else ""
+        begun, first = self.begun.setdefault((row, what), (now, done))
+        left = ""
+        if self.interval and first < done < total and now - begun > self.interval:
+            left = f", {timedelta(seconds=round((now - begun) / (done - first) * (total - done)))} left"
         line = f"{row}: {what}{count}{'  ' + note if note else ''}"
         if line != self.last_line.get(row):
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(line + left, highlight=False, markup=False, soft_wrap=True)
         self.last_time[row], self.last_line[row] = now, line

@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 
 from arra.data.columns import write_table
-from arra.data.index import SCHEMA, default_shard_records
-from arra.data.store import FORMAT, Store
+from arra.data.index import default_shard_records
+from arra.data.store import FORMAT, SCHEMA, Store
 from arra.runs import atomic_write
 
 NUM_CODES, POSITIONS, FEATURES = 16_384, 256, 512

@@ -207,10 +207,13 @@ class ColumnWriter:
         """
         table = self._table(ids, values, valid)
         path = self.part / f"{shard:05d}.arrow"
-        write_table(path, table)
-        about = ShardEntry(len(table), int((~valid).sum()), path.stat().st_size, file_hash(path))
-        content = {**asdict(about), "failures": [asdict(failure) for failure in failures]}
-        atomic_write(path.with_suffix(".json"), json.dumps(content, ensure_ascii=False))
+        with folder_lock(self.store):
+            if not self.part.is_dir() and self._published() is not None:
+                return  # another process made this shard too, and published
+            write_table(path, table)
+            about = ShardEntry(len(table), int((~valid).sum()), path.stat().st_size, file_hash(path))
+            content = {**asdict(about), "failures": [asdict(failure) for failure in failures]}
+            atomic_write(path.with_suffix(".json"), json.dumps(content, ensure_ascii=False))
 
     def _table(self, ids: pa.Array, values: np.ndarray | Sequence[np.ndarray], valid: np.ndarray) -> pa.Table:
         dtype = np.dtype(self.header["dtype"])
@@ -393,11 +396,6 @@ class ColumnReader:
     def shapes(self) -> np.ndarray:
         """Of a ragged column, the shape of every record: (N, number of dimensions)."""
         return np.concatenate([self._ragged_layout(number)[1] for number in range(len(self.entry.shards))])
-
-    def chunks(self, rows: np.ndarray, *, size: int = 4096) -> Iterator[np.ndarray]:
-        """The values of many rows, a bounded number at a time."""
-        for start in range(0, len(rows), size):
-            yield self.take(rows[start : start + size])
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.arrow"

@@ -24,22 +24,10 @@ import pyarrow as pa
 
 from arra.data.columns import FAILURES_FILE, folder_lock, write_table
 from arra.data.records import Failure, Found, ImageRef, Record, Skipped, Source
-from arra.data.store import FORMAT, RECORDS, Store
+from arra.data.store import FORMAT, RECORDS, SCHEMA, Store
 from arra.errors import ArraError
 from arra.runs import atomic_write, is_alive, writing
 
-SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "prompt": pa.string(),
-        "alternatives": pa.list_(pa.string()),
-        "label": pa.int32(),
-        "split": pa.string(),
-        "group": pa.string(),
-        "source": pa.int16(),
-        "image": pa.string(),
-    }
-)
 ROWS_AT_A_TIME = 8192
 HELD_OUT_SHARE = 0.05
 MAX_TEXT = 20_000

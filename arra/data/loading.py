@@ -24,7 +24,8 @@ import torch.utils.data
 from arra.data.columns import ColumnReader
 from arra.data.crops import Crop, CropSettings, Draw
 from arra.data.images import Grey16
-from arra.data.records import BROKEN_PICTURE, Failure, ImageReader, ImageRef, decode_image
+from arra.data.reading import ImageReader
+from arra.data.records import BROKEN_PICTURE, Failure, ImageRef, decode_image
 from arra.data.store import Store
 
 DIGEST_BYTES = 16

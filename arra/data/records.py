@@ -16,13 +16,12 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image
 from pydantic import Field
 
 from arra.data.images import FORMATS, Grey16, to_rgb
-from arra.errors import ArraError
 from arra.settings import Settings
 
 MAX_IMAGE_BYTES = 512 * 2**20
@@ -160,44 +159,12 @@ def inside(root: Path, name: str) -> Path:
     return path
 
 
-class ImageReader:
-    """Reads the bytes behind references; keeps open what the next references are likely to need. One per process."""
+def read_file(path: str, *, start: int = 0, size: int | None = None) -> bytes:
+    """The bytes of a file, or `size` of them from `start` on.
 
-    def __init__(self) -> None:
-        self._tables: dict[tuple[str, str], Any] = {}
-
-    def read(self, ref: ImageRef) -> bytes:
-        """The encoded picture.
-
-        Raises:
-            OSError, ValueError: the file is missing, unreadable, too large, or the cell holds no picture.
-        """
-        if ref.kind == "file":
-            return _read_slice(ref.path, 0, None)
-        if ref.kind == "slice":
-            return _read_slice(ref.path, ref.place, ref.size)
-        if ref.kind in ("parquet", "embedded"):
-            from arra.data.openmoji import openmoji_file
-            from arra.data.tables import ParquetCells
-
-            def cells() -> ParquetCells:
-                return ParquetCells(ref.path if ref.kind == "parquet" else str(openmoji_file()), ref.column)
-
-            return self._kept((ref.kind, f"{ref.path}\n{ref.column}"), cells)(ref.place)
-        from arra.data.huggingface import DatasetCells, StreamedCells
-
-        kind = DatasetCells if ref.kind == "dataset" else StreamedCells
-        return self._kept((ref.kind, f"{ref.path}\n{ref.column}"), lambda: kind(ref.path, ref.column))(ref.place)
-
-    def _kept(self, key: tuple[str, str], open_it: Any) -> Any:
-        if key not in self._tables:
-            while len(self._tables) >= 4:
-                self._tables.pop(next(iter(self._tables)))
-            self._tables[key] = open_it()
-        return self._tables[key]
-
-
-def _read_slice(path: str, start: int, size: int | None) -> bytes:
+    Raises:
+        OSError, ValueError: it is missing, unreadable, no plain file, too large, or ends before.
+    """
     # without waiting: a named pipe in place of a file would be waited for
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         about = os.fstat(file.fileno())
@@ -235,20 +202,3 @@ def _reason(error: BaseException) -> str:
         return "no picture of a known format"
     text = " ".join(str(error).split())
     return (text or type(error).__name__)[:200]
-
-
-def load_image(record: Record, *, reader: ImageReader | None = None) -> Image.Image:
-    """The record's picture as 8-bit RGB, upright, on white where it was transparent.
-
-    Raises:
-        ArraError: the file is missing, no image, or so large that it looks like a decompression bomb.
-    """
-    if record.image is None:
-        raise ArraError(f"record '{record.id}': has codes and no picture; use a source with pictures")
-    try:
-        return decode_image((reader or ImageReader()).read(record.image))
-    except BROKEN_PICTURE as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ArraError(
-            f"{record.image}: image of record '{record.id}': {reason}; replace it or remove its line"
-        ) from error

@@ -36,9 +36,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arra.data.cells import map_table
 from arra.data.columns import ColumnEntry, ColumnReader, ColumnWriter, ShardEntry, folder_lock
-from arra.data.index import SCHEMA
 from arra.data.openmoji import cache_folder
-from arra.data.store import COLUMNS_FILE, RECORDS, Store
+from arra.data.store import COLUMNS_FILE, RECORDS, SCHEMA, Store
 from arra.errors import ArraError
 from arra.runs import atomic_file, atomic_write, file_hash
 
@@ -582,6 +581,18 @@ class RemoteStore(Store):
         total = sum(shard.bytes for name in columns for shard in self._entry(name).shards)
         per_group = max(1, total // max(1, len(self.groups.sizes)))
         return max(1, min(WINDOW, CACHE_BYTES // (3 * per_group)))
+
+
+def open_store(place: Path | str) -> Store:
+    """An existing store, or an export of one, at a path or a URL.
+
+    Raises:
+        ArraError: there is none, or it is of another format.
+    """
+    url = remote_text(place)
+    if url is not None or (Path(place) / COLUMNS_FILE).is_file():
+        return open_remote(url or str(Path(place).resolve()))
+    return Store.open(Path(place))
 
 
 def open_remote(place: str) -> RemoteStore:

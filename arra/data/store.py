@@ -32,6 +32,19 @@ from arra.runs import atomic_write
 
 FORMAT = 2
 RECORDS = "records"
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "prompt": pa.string(),
+        "alternatives": pa.list_(pa.string()),
+        "label": pa.int32(),
+        "split": pa.string(),
+        "group": pa.string(),
+        "source": pa.int16(),
+        "image": pa.string(),
+    }
+)
+"""Of the records."""
 COLUMNS_FILE = "columns.json"
 """Stands in an export, in place of the columns' folders; see `arra/data/remote.py`."""
 CHECKED_BYTES = 2**28
@@ -46,18 +59,13 @@ class Store:
     path: Path
 
     @classmethod
-    def open(cls, path: Path | str) -> "Store":
-        """An existing store, or an export of one at a path or URL.
+    def open(cls, path: Path) -> "Store":
+        """An existing store on disk; `arra.data.remote.open_store` opens exports too.
 
         Raises:
             ArraError: there is none, or it is of another format.
         """
-        from arra.data.remote import open_remote, remote_text  # late: an export is a kind of store
-
-        url = remote_text(path)
-        if url is not None or (Path(path) / COLUMNS_FILE).is_file():
-            return open_remote(url or str(Path(path).resolve()))
-        store = cls(Path(path))
+        store = cls(path)
         if not store.manifest_path.is_file():
             raise ArraError(f"{path}: no store here; make one with: arra prepare RECIPE")
         store.about  # noqa: B018  its errors are this call's

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from arra.data.folder import split_name
-from arra.data.records import MAX_IMAGE_BYTES, Failure, Found, ImageReader, ImageRef, Record, Source, inside
+from arra.data.records import MAX_IMAGE_BYTES, Failure, Found, ImageRef, Record, Source, inside, read_file
 from arra.errors import ArraError
 
 USUAL_COLUMNS = {
@@ -348,7 +348,7 @@ def picture_bytes(cell: Any, root: Path) -> bytes:
     """
     content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
     if content is None and isinstance(path, str):
-        return ImageReader().read(ImageRef("file", str(inside(root, path))))
+        return read_file(str(inside(root, path)))
     if content is None:
         raise ValueError("no picture: the cell is null; fill it or remove the row")
     if not isinstance(content, bytes):

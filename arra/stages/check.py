@@ -40,7 +40,8 @@ from arra.data.duplicates import (
 from arra.data.index import SKIPPED_FILE, Indexed, build_index
 from arra.data.llamagen_lists import LlamaGenCodesSource
 from arra.data.loading import Loaded, Loader, Task, View, default_workers, load_tasks
-from arra.data.records import BROKEN_PICTURE, Failure, ImageReader, ImageRef, Skipped, decode_image
+from arra.data.reading import ImageReader
+from arra.data.records import BROKEN_PICTURE, Failure, ImageRef, Skipped, decode_image
 from arra.data.sources import SourceKind, detect_kind
 from arra.data.store import RECORDS, Store
 from arra.distributed import choose_device

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arra.config import Recipe
-from arra.data.remote import remote_text
+from arra.data.remote import open_store, remote_text
 from arra.data.store import Store
 from arra.errors import ArraError
 from arra.runs import atomic_write
@@ -59,7 +59,7 @@ def find_store(folder: Path, columns: list[str], expected: str) -> Store | None:
     """
     for place in _candidates(folder):
         try:
-            store = Store.open(place)
+            store = open_store(place)
             if store.manifest_hash(*columns) == expected:
                 return store
         except (ArraError, KeyError):  # no store, or one without these columns: another one

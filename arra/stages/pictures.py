@@ -4,6 +4,7 @@ Legend: B batch, P image positions, F feature, N records of the split.
 """
 
 import os
+import signal
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -149,6 +150,7 @@ _LOADER: Loader | None = None
 
 def _use_loader(loader: Loader, parent: int) -> None:
     global _LOADER
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training's to answer
     leave_with(parent)
     _LOADER = loader
 

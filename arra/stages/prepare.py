@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 from rich.table import Table
 
 from arra.config import Recipe
@@ -21,16 +20,16 @@ from arra.data.columns import ColumnWriter, folder_lock, tidy_column
 from arra.data.huggingface import HuggingFaceSource
 from arra.data.index import build_index, is_too_many
 from arra.data.llamagen_lists import LlamaGenCodesSource, LlamaGenListSource
-from arra.data.loading import Loaded, Loader, Task, Waiting, default_workers, load_tasks
-from arra.data.records import Failure
+from arra.data.loading import default_workers
 from arra.data.store import Store
-from arra.distributed import choose_device, set_threads
+from arra.distributed import set_threads
 from arra.errors import ArraError
 from arra.runs import remove_unfinished
 from arra.stages.imports import CAPTION_FEATURES, import_caption_features, import_codes
-from arra.stages.makers import CODES, Maker, build_makers, views_of, wanted_columns
+from arra.stages.makers import CODES, wanted_columns
+from arra.stages.passes import Pass, PassPlan, ShardDone
 from arra.stages.process import Progress, silent
-from arra.stages.tokenizer import prepare_tokenizer, recipe_tokenizer
+from arra.stages.tokenizer import prepare_tokenizer
 
 
 @dataclass(frozen=True)
@@ -127,111 +126,6 @@ class Preparation:
             advice = "" if ";" in first["reason"] else "; replace it or remove its line"
             raise ArraError(f"{first['where'] or first['id']}: {first['reason']}{advice}{others}")
         return self.store
-
-
-@dataclass(frozen=True)
-class PassPlan:
-    """All that a process must know to make shards; it can be sent to another machine."""
-
-    recipe: Recipe
-    store: Path
-    columns: Mapping[str, Mapping[str, Any]]
-    batch_size: int
-    workers: int
-    device: str
-    again: frozenset[str] = frozenset()
-    """Columns that are published and to be made again: damaged ones, or those with failures."""
-
-
-@dataclass(frozen=True)
-class ShardDone:
-    """A shard whose columns are all written."""
-
-    shard: int
-    records: int
-    failed: int
-    waiting_seconds: float
-
-
-class Pass:
-    """The networks and writers of a pass over the pictures: makes whole shards, any of them, in any process."""
-
-    def __init__(self, plan: PassPlan) -> None:
-        self.plan, self.store = plan, Store.open(plan.store)
-        recipe, names = plan.recipe, list(plan.columns)
-        tokenizer = recipe_tokenizer(recipe, self.store) if CODES in names else None
-        device = choose_device(plan.device)
-        self.makers = build_makers(recipe, names, tokenizer, device=device, batch_size=plan.batch_size)
-        needed = {view for maker in self.makers for view in maker.views}
-        views = {name: view for name, view in views_of(recipe).items() if name in needed}
-        self.loader = Loader(plan.store, views, grey16=recipe.data.crop.grey16)
-        self.writers = {
-            maker.name: self.store.writer(
-                maker.name,
-                made_by=maker.made_by,
-                shape=maker.shape,
-                dtype=maker.dtype,
-                variants=maker.variants,
-                again=maker.name in plan.again,
-            )
-            for maker in self.makers
-        }
-
-    def run(
-        self, shards: Sequence[int], *, on_batch: Callable[[int, float], None] = lambda records, waited: None
-    ) -> Iterator[ShardDone]:
-        """Each shard as it is done; `on_batch(records, seconds waited for data)` is called after every batch."""
-        size = self.plan.batch_size
-        tasks = [
-            Task(shard, start, min(start + size, self.store.about["shards"][shard]))
-            for shard in shards
-            for start in range(0, self.store.about["shards"][shard], size)
-        ]
-        waiting, waited = Waiting(), 0.0
-        values: dict[str, list[tuple[int, np.ndarray]]] = {maker.name: [] for maker in self.makers}
-        failures: list[Failure] = []
-        for loaded in load_tasks(tasks, self.loader, workers=self.plan.workers, waiting=waiting):
-            self._make(loaded, values)
-            failures += loaded.failures
-            on_batch(loaded.task.stop - loaded.task.start, waiting.seconds)
-            shard = loaded.task.shard
-            if loaded.task.stop == self.store.about["shards"][shard]:
-                self._write(shard, values, failures)
-                yield ShardDone(shard, loaded.task.stop, len(failures), waiting.seconds - waited)
-                waited = waiting.seconds
-                values, failures = {name: [] for name in values}, []
-
-    def _make(self, loaded: Loaded, values: dict[str, list[tuple[int, np.ndarray]]]) -> None:
-        if not loaded.places:
-            return
-        places = [loaded.task.start + place for place in loaded.places]
-        for maker in self.makers:
-            values[maker.name] += zip(places, maker.make(loaded), strict=True)
-
-    def _write(self, shard: int, values: dict[str, list[tuple[int, np.ndarray]]], failures: list[Failure]) -> None:
-        table = self.store.records_of(shard)
-        valid = np.zeros(len(table), dtype=bool)
-        for maker in self.makers:
-            made = values[maker.name]
-            valid[[place for place, _ in made]] = True
-            ids = table.column("id").combine_chunks()
-            self.writers[maker.name].write(
-                shard, ids, _in_rows(maker, made, len(table)), valid=valid, failures=failures
-            )
-
-
-def _in_rows(maker: Maker, made: list[tuple[int, np.ndarray]], count: int) -> np.ndarray | list[np.ndarray]:
-    """The made values in the order of the shard's rows, zeros where there is none."""
-    if None in maker.shape:
-        rows = [np.zeros((0,) * len(maker.shape), maker.dtype)] * count
-        for place, value in made:
-            rows[place] = value[0]
-        return rows
-    shape = [size for size in maker.shape if size is not None]
-    dense = np.zeros((count, maker.variants, *shape), maker.dtype)
-    for place, value in made:
-        dense[place] = value
-    return dense
 
 
 def prepare(

@@ -1,6 +1,6 @@
 """Preparation on many machines: Ray Data hands shards to actors that run the same pass, onto a shared folder.
 
-What an actor does with a shard is `arra.stages.prepare.Pass`, so the store is the one that the local engine makes.
+What an actor does with a shard is `arra.stages.passes.Pass`, so the store is the one that the local engine makes.
 """
 
 import logging
@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from arra.errors import ArraError
-from arra.stages.prepare import Pass, PassPlan, ShardDone
+from arra.stages.passes import Pass, PassPlan, ShardDone
 
 SMALL_LOGS = {"RAY_DEDUP_LOGS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 

@@ -97,7 +97,6 @@ def test_dense_values_come_back_exactly(values: np.ndarray, tmp_path: Path) -> N
         assert found.flags.writeable  # torch.from_numpy warns of read-only memory
     assert reader.take(np.arange(ROWS)).tobytes() == values[:, 0].tobytes()
     assert reader.valid().all()
-    assert np.concatenate(list(reader.chunks(np.arange(ROWS), size=3))).tobytes() == values[:, 0].tobytes()
 
 
 def test_any_rows_in_any_order_are_those_rows(tmp_path: Path) -> None:

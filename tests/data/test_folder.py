@@ -13,7 +13,8 @@ from PIL import Image
 
 import arra.data.folder as folder_module
 from arra.data.folder import ClassFolderSource, FolderSource, parse_json, read_lines, split_name
-from arra.data.records import Failure, Found, ImageReader, Record, Skipped
+from arra.data.reading import ImageReader
+from arra.data.records import Failure, Found, Record, Skipped
 from arra.errors import ArraError
 
 Row = dict[str, Any]

@@ -15,7 +15,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Pillow
 
 from arra.data.huggingface import HuggingFaceSource
-from arra.data.records import Failure, Found, ImageReader, ImageRef, Record
+from arra.data.reading import ImageReader
+from arra.data.records import Failure, Found, ImageRef, Record
 from arra.errors import ArraError
 
 SEVERAL = Features({"image": Image(), "text": Value("string"), "label": ClassLabel(names=["zebra", "ant"])})
@@ -118,7 +119,7 @@ def test_a_reference_opens_in_another_process(saved: Path) -> None:
     image = records(scan(saved))[25].image
     assert image is not None
     code = (
-        "import sys; from arra.data.records import ImageReader, ImageRef\n"
+        "import sys; from arra.data.reading import ImageReader; from arra.data.records import ImageRef\n"
         "sys.stdout.buffer.write(ImageReader().read(ImageRef.parse(sys.argv[1])))"
     )
     answer = subprocess.run([sys.executable, "-c", code, image.text()], capture_output=True, check=True)

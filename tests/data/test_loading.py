@@ -16,7 +16,8 @@ from arra.data import loading
 from arra.data.crops import CropSettings, Draw
 from arra.data.index import build_index
 from arra.data.loading import Loaded, Loader, Task, View, Waiting, default_workers, load_tasks, picture_digest
-from arra.data.records import ImageReader, ImageRef, Record, Source
+from arra.data.reading import ImageReader
+from arra.data.records import ImageRef, Record, Source
 from arra.data.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from arra.data.medical import DeepEyeNetSource, MimicCxrSource, find_impression
-from arra.data.records import Failure, Found, ImageReader, Record, Skipped, Source
+from arra.data.reading import ImageReader
+from arra.data.records import Failure, Found, Record, Skipped, Source
 from arra.errors import ArraError
 
 REPORT = """                                 FINAL REPORT

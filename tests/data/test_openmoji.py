@@ -34,7 +34,8 @@ from arra.data.openmoji import (
     same_picture_clusters,
     words,
 )
-from arra.data.records import ImageReader, ImageRef
+from arra.data.reading import ImageReader
+from arra.data.records import ImageRef
 from arra.errors import ArraError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "openmoji.json"

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from arra.data import records
-from arra.data.records import ImageReader, ImageRef, Record, Source, decode_image, inside, load_image
-from arra.errors import ArraError
+from arra.data.reading import ImageReader
+from arra.data.records import ImageRef, Record, Source, decode_image, inside
 
 
 def png(color: str = "red", size: tuple[int, int] = (3, 2)) -> bytes:
@@ -128,16 +128,6 @@ def test_whatever_a_decoder_raises_is_one_reason(raised: BaseException, monkeypa
     monkeypatch.setattr(records, "to_rgb", broken)
     with pytest.raises(ValueError, match=r"^not a readable image \(.+\)$"):
         decode_image(png())
-
-
-def test_a_record_without_a_picture_that_can_be_read(tmp_path: Path) -> None:
-    record = Record("a", ImageRef("file", str(tmp_path / "gone.png")), "red")
-    with pytest.raises(ArraError, match=r"gone\.png: image of record 'a': No such file or directory; replace it or re"):
-        load_image(record)
-    with pytest.raises(ArraError, match="record 'a': has codes and no picture; use a source with pictures"):
-        load_image(Record("a", None, "red"))
-    (tmp_path / "gone.png").write_bytes(png("blue"))
-    assert load_image(record).getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_where_is_no_part_of_a_record() -> None:

@@ -26,7 +26,7 @@ from arra.data.batches import Batches
 from arra.data.index import build_index
 from arra.data.order import Plan, part_of
 from arra.data.records import Failure, ImageRef, Record, Source
-from arra.data.remote import RemoteColumn, RemoteStore, RowGroups, remote_text
+from arra.data.remote import RemoteColumn, RemoteStore, RowGroups, open_store, remote_text
 from arra.data.store import Store
 from arra.errors import ArraError
 from arra.stages.export import describe_store, export_store, verify_store
@@ -109,7 +109,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def far(place: Path | str) -> RemoteStore:
-    found = Store.open(place)
+    found = open_store(place)
     assert isinstance(found, RemoteStore)
     return found
 
@@ -256,7 +256,7 @@ def test_the_same_again_is_left_alone_and_anything_else_refused(store: Store, tm
     with pytest.raises(ArraError, match="column 'x' is missing; it has caption_features, codes"):
         export_store(store, tmp_path / "x", columns=["x"])
     with pytest.raises(ArraError, match="an export already; copy its folder"):
-        export_store(Store.open(out), tmp_path / "x")
+        export_store(open_store(out), tmp_path / "x")
     with pytest.raises(ArraError, match="an export is only read"):
         far(out).writer("x", made_by={}, shape=(1,), dtype="uint8")
 
@@ -264,7 +264,7 @@ def test_the_same_again_is_left_alone_and_anything_else_refused(store: Store, tm
 def test_a_kill_leaves_nothing_and_damage_is_not_published(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = Store.open(shutil.copytree(store.path, tmp_path / "store"))
+    copy = open_store(shutil.copytree(store.path, tmp_path / "store"))
     path = copy.path / "codes" / "00001.arrow"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -329,7 +329,7 @@ def test_over_http(exported: Path, store: Store, knows_ranges: bool) -> None:
             values = found.reader("codes").take(np.arange(len(rows)))
             np.testing.assert_array_equal(values, store.reader("codes").take(rows))
             with pytest.raises(ArraError, match=r"nowhere/manifest\.json: missing or not readable"):
-                Store.open(f"http://127.0.0.1:{server.server_port}/nowhere")
+                open_store(f"http://127.0.0.1:{server.server_port}/nowhere")
         finally:
             server.shutdown()
             thread.join()
@@ -614,7 +614,7 @@ def test_a_forged_manifest_is_refused(exported: Path, tmp_path: Path, cache: Pat
         manifest[first] = value
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArraError, match=r"manifest\.json: no export of this version") as caught:
-        Store.open(folder)
+        open_store(folder)
     one_line(caught)
     assert not cache.exists()
 
@@ -638,7 +638,7 @@ def test_a_forged_list_of_columns_is_refused(exported: Path, tmp_path: Path, old
     assert old in text
     forge(folder, "columns.json", text.replace(old, new).encode())
     with pytest.raises(ArraError, match=rf"columns\.json: .*{reason}") as caught:
-        Store.open(folder)
+        open_store(folder)
     one_line(caught)
 
 
@@ -656,7 +656,7 @@ def test_records_may_not_name_files_of_this_machine(exported: Path, tmp_path: Pa
     with pytest.raises(
         ArraError, match=r"records/00000\.arrow: no records of an export \(they have other fields, or name"
     ):
-        Store.open(folder)
+        open_store(folder)
     assert not list(cache.rglob("*.arrow"))
 
 
@@ -668,10 +668,10 @@ def test_a_damaged_mirrored_file_is_told(exported: Path, tmp_path: Path, name: s
     hurt(path, damage)
     place = f"file://{folder}"
     with pytest.raises(ArraError, match=rf"{name}: (damaged|missing or not|\d+ bytes came)") as caught:
-        Store.open(place)
+        open_store(place)
     one_line(caught)
     shutil.copy(exported / name, path)
-    assert len(Store.open(place)) == 126  # what was fetched before the error is of use
+    assert len(open_store(place)) == 126  # what was fetched before the error is of use
 
 
 def hurt(path: Path, damage: str, at: float = 0.5) -> None:
@@ -756,7 +756,7 @@ def test_no_flipped_bit_goes_unseen(exported: Path, tmp_path: Path) -> None:
 )
 def test_no_export(place: str, line: str) -> None:
     with pytest.raises(ArraError, match=line) as caught:
-        Store.open(place)
+        open_store(place)
     one_line(caught)
 
 
@@ -764,9 +764,9 @@ def test_no_export(place: str, line: str) -> None:
 
 
 def test_verify_names_what_is_damaged(store: Store, exported: Path, tmp_path: Path) -> None:
-    for found in (store, Store.open(exported)):
+    for found in (store, open_store(exported)):
         assert verify_store(found).damaged == ()
-    near = Store.open(shutil.copytree(store.path, tmp_path / "store"))
+    near = open_store(shutil.copytree(store.path, tmp_path / "store"))
     hurt(near.path / "codes" / "00001.arrow", "flip")
     (near.path / "flags" / "00002.arrow").unlink()
     seen = verify_store(near)
@@ -785,7 +785,7 @@ def test_verify_names_what_is_damaged(store: Store, exported: Path, tmp_path: Pa
 
 
 def test_verify_reads_the_records_themselves(store: Store, tmp_path: Path) -> None:
-    near = Store.open(shutil.copytree(store.path, tmp_path / "store"))
+    near = open_store(shutil.copytree(store.path, tmp_path / "store"))
     path = near.path / "records" / "00000.arrow"
     content = path.read_bytes()
     assert b"toy 7 of a" in content
@@ -796,7 +796,7 @@ def test_verify_reads_the_records_themselves(store: Store, tmp_path: Path) -> No
 
 
 def test_show_tells_every_column(store: Store, exported: Path) -> None:
-    for found in (store, Store.open(exported)):
+    for found in (store, open_store(exported)):
         table = describe_store(found)
         names, failed = list(table.columns[0].cells), list(table.columns[3].cells)
         assert names == store.column_names()

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from arra.data import tables
-from arra.data.records import Failure, Found, ImageReader, Record
+from arra.data.reading import ImageReader
+from arra.data.records import Failure, Found, Record
 from arra.data.tables import ParquetCells, ParquetSource, TableSource
 from arra.errors import ArraError
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from arra.data.records import Failure, Found, ImageReader, Record, Skipped
+from arra.data.reading import ImageReader
+from arra.data.records import Failure, Found, Record, Skipped
 from arra.data.webdataset import MAX_TEXT_BYTES, WebDatasetSource
 from arra.errors import ArraError
 
