@@ -20,6 +20,7 @@ from arra.data.store import Store
 from arra.errors import ArraError
 from arra.stages.makers import CODES, smallest_unsigned
 from arra.stages.process import Progress
+from arra.tokenizers.image import PUBLISHED
 
 CAPTION_FEATURES = "caption_features.flan-t5-xl"
 T5_WIDTH = 2048
@@ -42,6 +43,13 @@ def import_codes(
             if ours != theirs:
                 raise ArraError(f"{source.path}: its codes are of {key} {theirs!r}, the recipe says {ours!r}")
     grid = first.grid or _square_grid(first, store)
+    if first.tokenizer in PUBLISHED:
+        side = recipe.data.image_size // 2 ** (len(PUBLISHED[first.tokenizer]["ch_mult"]) - 1)
+        if grid != (side, side):
+            raise ArraError(
+                f"{first.path}: its codes make a grid of {grid[0]} x {grid[1]}, data.image_size "
+                f"{recipe.data.image_size} one of {side} x {side}; set the size of the pictures they were made from"
+            )
     made_by = {
         "tokenizer": first.tokenizer,
         "weights": None,
@@ -130,7 +138,9 @@ def _import(
                 values[place] = read(sources[source], record)
                 valid[place] = True
             except BROKEN_HEADER as error:
-                failures.append(Failure(record, sources[source].path, " ".join(str(error).split())[:500]))
+                failures.append(
+                    Failure(record, f"{sources[source].path}: {record}", " ".join(str(error).split())[:500])
+                )
         ready = np.stack(values) if None not in shape else values
         writer.write(shard, table.column("id").combine_chunks(), ready, valid=valid, failures=failures)
     return writer
