@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
-from arra.data.folder import inside_image_root, parse_json, read_lines, split_name
+from arra.data.folder import inside_image_root
+from arra.data.lines import parse_json, read_lines, split_name
 from arra.data.records import Failure, Found, ImageRef, Record, Skipped, Source
 from arra.errors import ArraError
 

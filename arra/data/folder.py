@@ -4,7 +4,6 @@ First stage of the pipeline, between the user's folder and the index. Folders ar
 names in memory at a time. Folders before the pictures that are called train, test, val, ... name the split.
 """
 
-import csv
 import errno
 import hashlib
 import json
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from arra.data.lines import SPLITS, parse_json, read_lines, read_rows, split_name
 from arra.data.records import Failure, Found, ImageRef, Record, Skipped, Source, inside
 from arra.errors import ArraError
 
@@ -32,51 +32,7 @@ OTHER_SUFFIXES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".eps", ".dcm", ".di
 PICTURES = frozenset(SUFFIXES + OTHER_SUFFIXES)
 TEXT_COLUMNS = ("text", "prompt", "caption")
 METADATA = ("metadata.jsonl", "metadata.csv")
-SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
-"""Names of split folders, and the split each means."""
-MAX_LINE_BYTES = 64 * 2**20
-"""Longer lines are refused: such a file has no lines."""
 MAX_CAPTION_BYTES = 2**20
-
-
-def split_name(text: str) -> str:
-    """The split a data set means: aliases of validation become `validation`, others stay as they are."""
-    return "validation" if SPLITS.get(text.lower()) == "validation" else text
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, content) of each line that is not blank; a line too long comes cut, and `parse_json` refuses it.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    with path.open("rb") as file:
-        number, line = 1, file.readline(MAX_LINE_BYTES + 1)
-        while line:
-            if line.strip():
-                yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            rest = line
-            while not rest.endswith(b"\n") and rest:
-                rest = file.readline(MAX_LINE_BYTES)
-            number, line = number + 1, file.readline(MAX_LINE_BYTES + 1)
-
-
-def parse_json(line: bytes) -> Any:
-    """What a line of JSON says.
-
-    Raises:
-        ValueError: it is no JSON in UTF-8; one line that says why.
-    """
-    if len(line) > MAX_LINE_BYTES:
-        raise ValueError(f"longer than {MAX_LINE_BYTES} bytes; write one JSON object a line")
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text (byte {error.start + 1}: {error.reason}); save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested without end
-        raise ValueError(f"not JSON ({str(error)[:80]})") from error
 
 
 def inside_image_root(root: Path, image: str) -> Path:
@@ -431,29 +387,21 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, strict=True)
-        header: list[str] | None = None
-        while True:
-            first = rows.line_num + 1
-            where = f"{path}: line {first}"
-            try:
-                row = next(rows, None)
-            except csv.Error as error:
-                yield where, f"not CSV ({error}); lines {first} to {rows.line_num} are not read, check their quotes"
-                if header is None:
-                    return
-                continue
-            if row is None:
-                return
+    header: list[str] | None = None
+    for place, row in read_rows(path):
+        where = f"{path}: {place}"
+        if isinstance(row, ValueError):
+            yield where, str(row)
             if header is None:
-                header = row or None
-            elif any(_shown(text) != text for text in row):
-                yield where, "not UTF-8 text; save it as UTF-8"
-            elif len(row) > len(header):
-                yield where, "more fields than the first line names; put quotes around text with commas"
-            elif row:
-                yield where, dict(zip(header, row, strict=False))
+                return
+        elif header is None:
+            header = row
+        elif any(_shown(text) != text for text in row):
+            yield where, "not UTF-8 text; save it as UTF-8"
+        elif len(row) > len(header):
+            yield where, "more fields than the first line names; put quotes around text with commas"
+        else:
+            yield where, dict(zip(header, row, strict=False))
 
 
 def _label(value: object) -> int | None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
+from arra.data.lines import one_line
 from arra.data.records import MAX_IMAGE_BYTES, Failure, Found, ImageRef, inside
 from arra.data.tables import (
     Cells,
@@ -23,7 +24,6 @@ from arra.data.tables import (
     check_columns,
     is_picture,
     number_classes,
-    one_line,
     picture_bytes,
     read_cells,
     read_text,

@@ -18,7 +18,8 @@ from jaxtyping import Int32, Int64, Integer
 from numpy.lib.format import open_memmap
 from pydantic import Field
 
-from arra.data.folder import inside_image_root, parse_json, read_lines
+from arra.data.folder import inside_image_root
+from arra.data.lines import parse_json, read_lines
 from arra.data.records import Failure, Found, ImageRef, Record, Skipped, Source, inside
 from arra.errors import ArraError
 

@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from arra.data.folder import split_name
+from arra.data.lines import one_line, read_rows, split_name
 from arra.data.records import Failure, Found, ImageRef, Record, Skipped, Source, inside
-from arra.data.tables import one_line, read_rows
 from arra.errors import ArraError
 
 MAX_REPORT_BYTES = 2**20

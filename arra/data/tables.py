@@ -4,16 +4,12 @@ First stage of the pipeline, between the user's tables and the index. Rows are s
 columns are read, the pictures later and one row group at a time, by `ParquetCells`.
 """
 
-import csv
 import glob
-import gzip
 import json
 import os
-import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from io import TextIOWrapper
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from arra.data.folder import split_name
+from arra.data.lines import one_line, read_rows, split_name
 from arra.data.records import MAX_IMAGE_BYTES, Failure, Found, ImageRef, Record, Source, inside, read_file
 from arra.errors import ArraError
 
@@ -34,8 +30,6 @@ USUAL_COLUMNS = {
     "label": ("label", "class"),
 }
 """Columns taken where none is named, by what they are used for."""
-MAX_LINE = 2**22
-"""Characters of a line; longer ones are cut and refused, so that a file without line ends does not fill the memory."""
 MAX_CLASSES = 100_000
 """More distinct labels are no classes."""
 MAX_GROUP_BYTES = 256 * 2**20
@@ -358,63 +352,6 @@ def picture_bytes(cell: Any, root: Path) -> bytes:
     return content
 
 
-def read_rows(
-    path: Path, *, delimiter: str | None = None, quotes: bool = True
-) -> Iterator[tuple[str, list[str] | ValueError]]:
-    """The lines and the fields of each row that is not blank, or in place of fields the error that says what is wrong.
-
-    Bytes that are not UTF-8 become lone surrogates.
-    """
-    name, end = path.name.lower(), 0
-    opener: Any = gzip.open if name.endswith(".gz") else open
-    options: Any = {
-        "delimiter": delimiter or ("\t" if name.removesuffix(".gz").endswith(".tsv") else ","),
-        "quoting": csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
-        "strict": True,  # else a quote left open at the end swallows the last rows into one caption
-    }
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            lines = _Lines(file)
-            reader = csv.reader(lines, **options)
-            while True:
-                start, lines.was_cut = end + 1, False
-                row, end = _next_row(reader), lines.count
-                if row is None:
-                    return
-                if lines.was_cut:
-                    row = ValueError(f"a line has more than {MAX_LINE} characters")
-                if row != []:
-                    yield (f"line {start}" if start == end else f"lines {start} to {end}"), row
-    except (OSError, EOFError, zlib.error) as error:
-        yield f"line {end + 1}", ValueError(f"cannot be read from here on ({one_line(error)})")
-
-
-def _next_row(reader: Iterator[list[str]]) -> list[str] | ValueError | None:
-    """The next row, what is wrong with it, or nothing at the end."""
-    try:
-        return next(reader, None)
-    except csv.Error as error:
-        return ValueError(f"not CSV ({error}); is a quote left open?")
-
-
-class _Lines:
-    """Lines of a text file, those longer than `MAX_LINE` cut."""
-
-    def __init__(self, file: TextIOWrapper) -> None:
-        self._file = file
-        self.count = 0
-        self.was_cut = False
-
-    def __iter__(self) -> Iterator[str]:
-        while line := self._file.readline(MAX_LINE):
-            rest = line
-            while len(rest) == MAX_LINE and not rest.endswith(("\n", "\r")):
-                self.was_cut = True
-                rest = self._file.readline(MAX_LINE)
-            self.count += 1
-            yield line
-
-
 def check_columns(uses: Mapping[str, str], schema: pa.Schema) -> None:
     """Nothing, if every used column is of a type that can serve.
 
@@ -534,8 +471,3 @@ def _feature_names(metadata: Mapping[bytes, bytes] | None, column: str) -> tuple
 
 def _listed(names: list[str]) -> str:
     return ", ".join(name[:40] for name in names[:20]) or "none"
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line of at most 200 characters."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

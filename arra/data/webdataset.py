@@ -17,8 +17,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from arra.data.folder import SUFFIXES, TEXT_COLUMNS
+from arra.data.lines import one_line
 from arra.data.records import Failure, Found, ImageRef, Record, Skipped, Source
-from arra.data.tables import MAX_CLASSES, one_line
+from arra.data.tables import MAX_CLASSES
 from arra.errors import ArraError
 
 MAX_TEXT_BYTES = 2**20

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import arra.data.folder as folder_module
-from arra.data.folder import ClassFolderSource, FolderSource, parse_json, read_lines, split_name
+import arra.data.lines as lines_module
+from arra.data.folder import ClassFolderSource, FolderSource
+from arra.data.lines import parse_json, read_lines, split_name
 from arra.data.reading import ImageReader
 from arra.data.records import Failure, Found, Record, Skipped
 from arra.errors import ArraError
@@ -219,7 +220,7 @@ def test_csv_that_the_reader_refuses(folder: Path, field: str) -> None:
     lines = ["file_name,text", *(f"{row['file_name']},{row['text']}" for row in rows())]
     lines[6] = f'05.png,"{field}"' if '"' in field else f"05.png,{field}"
     (folder / "metadata.csv").write_text("\n".join(lines))
-    assert "lines 7 to 7 are not read" in fault(folder, 7)
+    assert "not CSV (" in fault(folder, 7)
 
 
 def test_a_quote_left_open_loses_no_line_in_silence(folder: Path) -> None:
@@ -227,7 +228,7 @@ def test_a_quote_left_open_loses_no_line_in_silence(folder: Path) -> None:
     lines[10] = '09.png,"an open quote'
     (folder / "metadata.csv").write_text("\n".join(lines))
     found = scan(folder)
-    assert "unexpected end of data); lines 11 to 13 are not read" in told(found)["metadata.csv: line 11"]
+    assert "unexpected end of data); is a quote left open?" in told(found)["metadata.csv: lines 11 to 13"]
     assert [item.id for item in found if isinstance(item, Skipped)] == ["09.png", "10.png", "11.png"]
 
 
@@ -283,7 +284,7 @@ def test_a_broken_line_is_told_by_number(folder: Path, line: bytes, message: str
 
 
 def test_a_line_without_end_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_module, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 100)
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\n' + b"x" * 1000 + b"\n" + b"[%s]\n" % (b"1" * 97) + b"y" * 350)
     lines = list(read_lines(path))

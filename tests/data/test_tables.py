@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from arra.data import tables
+from arra.data import lines, tables
 from arra.data.reading import ImageReader
 from arra.data.records import Failure, Found, Record
 from arra.data.tables import ParquetCells, ParquetSource, TableSource
@@ -106,7 +106,7 @@ def test_an_open_quote_never_becomes_a_caption(root: Path, end: str) -> None:
 
 
 def test_a_line_without_end_does_not_fill_the_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MAX_LINE", 50)
+    monkeypatch.setattr(lines, "MAX_LINE", 50)
     items = csv_items(root, "image,text\n0.png,first\n1.png," + "a" * 1000 + "\n2.png,last\n")
     assert "more than 50 characters" in only_failure(items).reason
     assert len(items) == 3
