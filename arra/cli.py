@@ -82,6 +82,9 @@ WorkersOption = Annotated[
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures per batch of the networks.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")]
+ReplaceOption = Annotated[
+    bool, typer.Option("--replace", help="Make columns anew that were made otherwise than the recipe says.")
+]
 RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Make records again that failed before.")]
 
 
@@ -97,6 +100,7 @@ def prepare(
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
     retry_failed: RetryOption = False,
+    replace: ReplaceOption = False,
     overrides: SetOption = None,
 ) -> None:
     """Pictures to codes and features, once; columns that are there stay, a killed run continues.
@@ -105,7 +109,7 @@ def prepare(
 
     Example: arra prepare demo --store runs/store
     """
-    options = (engine, shard, workers, batch_size, threads, device, retry_failed)
+    options = (engine, shard, workers, batch_size, threads, device, retry_failed, replace)
     _prepare(recipe, store, row, options, overrides, only=None)
 
 
@@ -121,13 +125,14 @@ def tokenize(
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
     retry_failed: RetryOption = False,
+    replace: ReplaceOption = False,
     overrides: SetOption = None,
 ) -> None:
     """The codes alone: what `arra prepare` does, without the encoder's features.
 
     Example: arra tokenize demo --store runs/store
     """
-    options = (engine, shard, workers, batch_size, threads, device, retry_failed)
+    options = (engine, shard, workers, batch_size, threads, device, retry_failed, replace)
     _prepare(recipe, store, row, options, overrides, only=("codes",))
 
 
@@ -146,13 +151,14 @@ def extract(
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
     retry_failed: RetryOption = False,
+    replace: ReplaceOption = False,
     overrides: SetOption = None,
 ) -> None:
     """The features of one encoder alone: adds a column and touches nothing else.
 
     Example: arra extract demo --encoder efficientnet-lite1 --store runs/store
     """
-    options = (engine, shard, workers, batch_size, threads, device, retry_failed)
+    options = (engine, shard, workers, batch_size, threads, device, retry_failed, replace)
     chosen = [*(overrides or ()), *([] if encoder is None else [f"encoder.teacher={encoder}"])]
     _prepare(recipe, store, row, options, chosen, only=("features",))
 

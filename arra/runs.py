@@ -37,7 +37,7 @@ WRITE_ERRORS = {
     errno.EISDIR: "is a folder, expected a file; move the folder or pass --out elsewhere",
 }
 UNFINISHED = re.compile(
-    r"^\..+\.(\d+)\.tmp$"
+    rf"^\..+\.{re.escape(platform.node())}-(\d+)\.tmp$"
 )  # what `atomic_file` leaves behind after a kill; the number is the process
 
 
@@ -60,7 +60,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
         ArraError: the disk is full, or the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

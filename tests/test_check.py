@@ -226,7 +226,7 @@ def test_classes_are_balanced_against_each_other_and_their_names_are_no_leak(tmp
 def test_missing_splits_are_told(tmp_path: Path) -> None:
     folder = write(tmp_path / "pictures", [("0.png", "one", "test"), ("1.png", "two", "test")])
     checked = check(folder, tmp_path / "out", max_images=0)
-    assert [told(checked, f"split '{name}'").level for name in ("train", "validation")] == ["warning", "warning"]
+    assert [told(checked, f"split '{name}'").level for name in ("train", "validation")] == ["error", "error"]
     assert told(checked, "evaluate.splits names heldout").advice == "for this data: --set evaluate.splits=[test]"
 
 

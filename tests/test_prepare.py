@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -117,7 +118,8 @@ def test_ray_makes_the_same_store(
 
 def num_shard_files(store: Path) -> int:
     """Files of shards in the making, while another process writes and renames."""
-    parts = [path for path in os.listdir(store) if path.endswith(".part")] if store.is_dir() else []
+    names = os.listdir(store) if store.is_dir() else []
+    parts = [name for name in names if name.endswith(".part") and not name.startswith(".records.")]
     count = 0
     for part in parts:
         with suppress(FileNotFoundError):
@@ -328,3 +330,118 @@ def test_random_crops_are_functions_of_seed_and_step(
     finally:
         first.pictures.close()
         second.pictures.close()
+
+
+def test_columns_are_never_replaced_by_mistake(
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], whole: tuple[Path, dict[str, str]]
+) -> None:
+    """A typo in a recipe must not cost what was computed for days."""
+    store = tmp_path / "store"
+    shutil.copytree(whole[0], store)
+    with pytest.raises(
+        ArraError, match=r"'codes' was made with crop 'center_crop\(16\)', the recipe says 'fl.*--replace"
+    ):
+        prepare(recipe_for(pictures, "data.crop={kind: flip}"), store, options=INLINE)
+    with pytest.raises(ArraError, match=r"'pixels' was made with crop .*grey16=range"):
+        prepare(recipe_for(pictures, "data.crop={grey16: range}"), store, options=INLINE)
+    other = recipe_for(pictures, "data.crop={kind: flip}", "encoder.teacher=efficientnet-lite1")
+    with pytest.raises(
+        ArraError, match=r"'codes' was made with crop .*'features.efficientnet-lite1' would be with 'flip"
+    ):
+        prepare(other, store, options=INLINE, only=("features",))
+    assert tree(store) == whole[1]
+    anew = PrepareOptions(workers=0, batch_size=8, threads=1, replace=True)
+    replaced = prepare(recipe_for(pictures, "data.crop={kind: flip}"), store, options=anew).checked()
+    assert replaced.reader("codes").entry.variants == 2
+
+
+def test_a_raised_limit_takes_what_is_made(
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], whole: tuple[Path, dict[str, str]]
+) -> None:
+    folder, store = tmp_path / "pictures", tmp_path / "store"
+    shutil.copytree(pictures, folder)
+    (folder / "007.png").write_bytes(b"no picture")
+    first = prepare(recipe_for(folder), store, options=INLINE)
+    assert (first.ok, first.done, first.failed) == (False, 59, 1)
+    assert "run again" in first.verdict
+    raised = prepare(recipe_for(folder, "data.max_failed_fraction=0.1"), store, options=INLINE)
+    assert (raised.ok, raised.done, raised.already, raised.failed) == (True, 0, 59, 1)
+    strict = prepare(recipe_for(folder), store, options=INLINE)
+    assert not strict.ok
+    assert "--retry-failed" in strict.verdict
+
+
+@pytest.mark.parametrize("environment", [("2", "2"), ("x", "2"), ("0", "")])
+def test_ranks_that_are_no_parts_are_refused(
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], environment: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name, value in zip(("RANK", "WORLD_SIZE"), environment, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ArraError, match=r"RANK/WORLD_SIZE .*: expected i/n with i from 0 to n-1"):
+        prepare(recipe_for(pictures), tmp_path / "store", options=INLINE)
+
+
+def children_of(parent: int) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                    found.append(entry.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux for its processes")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_loader_process_outlives_its_parent(
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], number: signal.Signals
+) -> None:
+    from arra.config import dump_recipe
+
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe_for(pictures)))
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "arra", "prepare", str(tmp_path / "recipe.yaml"), "--store", str(store)]
+    process = subprocess.Popen([*command, "--workers", "2", "--batch-size", "2"], stdout=subprocess.DEVNULL)
+    while num_shard_files(store) < 1 and process.poll() is None:
+        os.sched_yield()
+    children = children_of(process.pid)
+    assert len(children) == 2
+    process.send_signal(number)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(Path(f"/proc/{child}").exists() for child in children):
+        time.sleep(0.1)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+
+
+def test_sources_of_one_name_mix_and_are_weighed(tmp_path: Path, pictures: Path, toy_settings: tuple[str, ...]) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(pictures, tmp_path / name / "imgs")
+    paths = [tmp_path / name / "imgs" for name in ("one", "two")]
+    listed = ", ".join(f"{{kind: folder, path: {path}, weight: {n + 1}}}" for n, path in enumerate(paths))
+    recipe = load_recipe(
+        "demo", row="baseline", overrides=[*(t for t in toy_settings if t[:6] != "align."), f"data.sources=[{listed}]"]
+    )
+    store = prepare(recipe, tmp_path / "store", options=INLINE).checked()
+    assert [each["name"] for each in store.about["sources"]] == ["imgs", "imgs-2"]
+    assert {store.fields(row, "id")[0].split("/")[0] for row in (0, 119)} == {"imgs", "imgs-2"}
+    batches = training_data(recipe, store, load_tokenizer(recipe.tokenizer.name)).batches
+    assert batches.weights == (1, 2)
+    assert batches.counts is not None
+    first = batches.counts[0]
+    rows = torch.cat([batches.batch(step).rows for step in range(sum(batches.counts) * 3 // (2 * 8))])  # type: ignore[misc]
+    assert int((rows >= first).sum()) == pytest.approx(2 * int((rows < first).sum()), rel=0.15)
+    alone = load_recipe(
+        "demo",
+        row="baseline",
+        overrides=[
+            *(t for t in toy_settings if t[:6] != "align."),
+            f"data.sources=[{{kind: folder, path: {paths[0]}, weight: 2}}]",
+        ],
+    )
+    with pytest.raises(
+        ArraError, match="made from the sources imgs, imgs-2, the recipe weighs imgs; name the same ones"
+    ):
+        training_data(alone, store, load_tokenizer(recipe.tokenizer.name))

@@ -171,6 +171,7 @@ def test_a_column_added_later_sees_the_pictures_of_the_others(
     assert {name for name in before if name not in after} == {
         "failures.jsonl",
         ".features.efficientnet-lite1.part/00000.arrow",
+        ".features.efficientnet-lite1.part/00000.json",
         ".features.efficientnet-lite1.part/header.json",
     }
 
@@ -289,7 +290,10 @@ def test_a_tokenizer_is_trained_into_the_store_and_travels_with_the_run(
     assert load_run(run.path).tokenizer.weights_hash == file_hash(store.path / weights)
 
     steps.clear()  # another training of the tokenizer starts anew, though checkpoints of the first are there
-    store = prepare(recipe("tokenizer.train.steps=2"), tmp_path / "store", progress=count).checked()
+    with pytest.raises(ArraError, match="trained otherwise than the recipe says; use another store, or make both anew"):
+        prepare(recipe("tokenizer.train.steps=2"), tmp_path / "store")
+    anew = PrepareOptions(replace=True)
+    store = prepare(recipe("tokenizer.train.steps=2"), tmp_path / "store", options=anew, progress=count).checked()
     assert steps == [1, 2]
     assert load_run(run.path).store is None
     painted = paint_prompts(load_run(run.path), ["red circle"], [0], tmp_path / "painted", overrides={})

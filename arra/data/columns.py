@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -177,7 +177,7 @@ class ColumnWriter:
             if not again and self._published() is not None:
                 tidy_column(self.folder)
                 return
-            if not begun.is_file() or json.loads(begun.read_text()) != self.header:
+            if not _says(begun, self.header):
                 shutil.rmtree(self.part, ignore_errors=True)
                 atomic_write(begun, json.dumps(self.header))
 
@@ -242,10 +242,10 @@ class ColumnWriter:
         contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.part.glob("[0-9]*.json"))]
         return [Failure(**failure) for content in contents for failure in content["failures"]]
 
-    def forget_failed(self) -> None:
-        """Nothing; shards with failed records will be made again, e.g. after their pictures were mended."""
+    def forget_failed(self, shards: Collection[int]) -> None:
+        """Nothing; those of the shards that have failed records will be made again: they may be mended now."""
         for shard, failed in self.done().items():
-            if failed:
+            if failed and shard in shards and self.part.is_dir():
                 (self.part / f"{shard:05d}.json").unlink()
 
     def publish(self) -> bool:
@@ -278,29 +278,31 @@ class ColumnWriter:
         same = entry is not None and entry.made_by == self.header["made_by"] and entry.dtype == self.header["dtype"]
         return entry if same and len(entry.shards) == self.header["num_shards"] else None  # type: ignore[union-attr]
 
-    def adopt(self, *, with_failed: bool) -> None:
+    def adopt(self) -> None:
         """Nothing; whole shards of the published column, made the same way, are taken over by link.
 
-        With `with_failed` false, those that have failed records are left to be made again.
+        Those that have failed records are left to be made again.
         """
         entry = self._published()
         if entry is None:
             return
-        failures = read_failures(self.folder)
         with writing(self.part):
             for number, shard in enumerate(entry.shards):
-                name = f"{number:05d}.arrow"
-                whole = (self.folder / name).is_file() and file_hash(self.folder / name) == shard.sha256
-                if not whole or (shard.failed and not with_failed):
+                source = self.folder / f"{number:05d}.arrow"
+                if shard.failed or not source.is_file() or file_hash(source) != shard.sha256:
                     continue
-                if not (self.part / name).exists():
-                    os.link(self.folder / name, self.part / name)
-                own: list[dict[str, Any]] = []
-                if shard.failed:
-                    ids = set(map_table(self.folder / name).column("id").to_pylist())
-                    own = [asdict(failure) for failure in failures if failure.id in ids]
-                content = {**asdict(shard), "failures": own}
-                atomic_write((self.part / name).with_suffix(".json"), json.dumps(content, ensure_ascii=False))
+                target = self.part / source.name
+                if not target.exists():
+                    os.link(source, target)
+                content = {**asdict(shard), "failures": []}
+                atomic_write(target.with_suffix(".json"), json.dumps(content, ensure_ascii=False))
+
+
+def _says(path: Path, content: dict[str, Any]) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")) == content)
+    except (FileNotFoundError, ValueError):  # not begun, or damaged: begun anew
+        return False
 
 
 def tidy_column(folder: Path) -> None:

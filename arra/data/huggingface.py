@@ -5,6 +5,7 @@ later, still encoded, from the memory-mapped table or from the stream. No code o
 """
 
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -97,7 +98,8 @@ class HuggingFaceSource(TabularSource):
 
     def _spec(self, split: str | None) -> str:
         """What another process needs to open the split."""
-        about = {"path": self.path, "config": self.config, "revision": self.revision, "split": split}
+        path = os.path.abspath(self.path) if os.path.exists(self.path) else self.path
+        about = {"path": path, "config": self.config, "revision": self.revision, "split": split}
         return json.dumps({**about, "streaming": self.streaming})
 
     def _uses(self, split: str, data: Any) -> dict[str, str]:
@@ -200,6 +202,8 @@ def _load(spec: str) -> dict[str, Any]:
 
     about = json.loads(spec)
     path, split = about["path"], about["split"] or None
+    if os.path.isabs(path) and not os.path.exists(path):  # never a name to ask the hub for
+        raise ArraError(f"{path}: no such data set; it has moved, prepare again with its new place")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of features that are to go, and of files that datasets leaves open
@@ -258,6 +262,8 @@ def _cell_bytes(cell: Any, root: Path | None) -> bytes:
     if path is None:
         return picture_bytes(cell, root or Path())
     *archives, last = path.split("::")
+    if any(not link.startswith("zip://") for link in archives) or len(archives) > 1:
+        raise ValueError(f"picture {path[:200]!r}: expected a file, or a member of one zip file")
     if not last.startswith("hf://datasets/"):
         roots = [*([root] if root else []), *map(Path, (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE))]
         home = next((folder for folder in roots if Path(last).resolve().is_relative_to(folder.resolve())), roots[0])

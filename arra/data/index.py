@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from arra.data.columns import FAILURES_FILE, folder_lock, write_table
-from arra.data.records import Failure, Found, ImageRef, Record, Skipped, Source
+from arra.data.records import Failure, Found, ImageRef, Record, Skipped, Source, source_names
 from arra.data.store import FORMAT, RECORDS, SCHEMA, Store
 from arra.errors import ArraError
 from arra.runs import atomic_write, is_alive, writing
@@ -33,6 +33,8 @@ HELD_OUT_SHARE = 0.05
 MAX_TEXT = 20_000
 """Characters of a caption; longer ones are files taken for captions."""
 SPLIT = re.compile(r"[\w.-]{0,64}", re.ASCII)
+BY_HASH = "hash"
+"""As a source's `split`: whatever the source says, a share of its records is held out by hash."""
 SKIPPED_FILE = "skipped.jsonl"
 
 
@@ -87,10 +89,17 @@ def build_index(
             where = ", ".join(source.path for source in sources)
             why = f"all of {failed} items failed, see {folder / 'failures.jsonl'}" if failed else "nothing to prepare"
             raise ArraError(f"{where}: no records found; {why}")
-        about = scan.write_shards(shard_records or default_shard_records(counts[Record]))
+        about = scan.write_shards(shard_records or _kept_shard_records(folder) or default_shard_records(counts[Record]))
         with folder_lock(folder):
             _publish(folder, part, about)
     return Indexed(counts[Record], failed, skipped, Store.open(folder))
+
+
+def _kept_shard_records(folder: Path) -> int | None:
+    """Records per shard of the store that is there, which a recipe without a number of its own keeps."""
+    if not (folder / "manifest.json").is_file() or not _is_bound(folder):
+        return None
+    return max(Store.open(folder).about["shards"])
 
 
 def default_shard_records(count: int) -> int:
@@ -107,6 +116,7 @@ class _Scan:
         self.keys = array("Q")
         self.classes: list[str] = []
         self.per_source = [0] * len(sources)
+        self.names = source_names(sources)
 
     def run(self) -> Counter[type]:
         """How many records, failures and skipped items there were."""
@@ -141,9 +151,9 @@ class _Scan:
                     yield number, _safe(found)
                     continue
                 if len(self.sources) > 1:
-                    found = replace(found, id=f"{source.name}/{found.id}")
+                    found = replace(found, id=f"{self.names[number]}/{found.id}")
                 if source.split is not None:
-                    found = replace(found, split=source.split)
+                    found = replace(found, split="" if source.split == BY_HASH else source.split)
                 reason = self._fault(found, len(names))
                 if reason is None:
                     self.per_source[number] += 1
@@ -219,8 +229,8 @@ class _Scan:
             "attribution": "; ".join(dict.fromkeys(s.attribution for s in self.sources if s.attribution)),
             "classes": self.classes,
             "sources": [
-                {"name": source.name, "kind": getattr(source, "kind", ""), "records": count}
-                for source, count in zip(self.sources, self.per_source, strict=True)
+                {"name": name, "kind": getattr(source, "kind", ""), "records": count}
+                for name, source, count in zip(self.names, self.sources, self.per_source, strict=True)
             ],
             "shards": shards,
         }
@@ -276,9 +286,15 @@ def _publish(folder: Path, part: Path, about: dict[str, Any]) -> None:
                     shutil.rmtree(begun)
         elif differs:
             shutil.rmtree(part)
+            if kept["sha256"] == about["sha256"]:
+                raise ArraError(
+                    f"{folder}: its files hold {max(kept['shards'])} records each, data.shard_records says "
+                    f"{max(about['shards'])}; leave it out, or use another folder"
+                )
             raise ArraError(
                 f"{folder}: made from other records ({kept['name']}, {sum(kept['shards'])} pictures) than given "
-                f"({about['name']}, {sum(about['shards'])} pictures); use another folder or delete this store"
+                f"({about['name']}, {sum(about['shards'])} pictures): ids, captions, splits or order differ; "
+                "use another folder or delete this store"
             )
     for name in (FAILURES_FILE, SKIPPED_FILE):
         path = part / name

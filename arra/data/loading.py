@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +27,7 @@ from arra.data.images import Grey16
 from arra.data.reading import ImageReader
 from arra.data.records import BROKEN_PICTURE, Failure, ImageRef, decode_image
 from arra.data.store import Store
+from arra.runs import leave_with
 
 DIGEST_BYTES = 16
 
@@ -189,7 +190,12 @@ def load_tasks(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of more processes than cores, which were asked for
             loader = torch.utils.data.DataLoader(
-                _Tasks(tasks[done:], load), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+                _Tasks(tasks[done:], load),
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=4 if workers else None,
+                # a worker whose parent was killed waits for ever on a pipe of which it holds the other end
+                worker_init_fn=partial(_begin_worker, os.getpid()),
             )
         found = iter(loader)
         try:
@@ -227,6 +233,10 @@ def _one_by_one(task: Task, load: Callable[[Task], Loaded]) -> Loaded:
             together.failures.append(_ended(load, alone, how))
         process.join()
     return together
+
+
+def _begin_worker(parent: int, number: int) -> None:
+    leave_with(parent)
 
 
 def _load_into(sender: Connection, task: Task, load: Callable[[Task], Loaded]) -> None:

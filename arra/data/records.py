@@ -7,14 +7,17 @@ First stage of the pipeline. A source tells of every item it meets: a `Record`, 
 import errno
 import io
 import json
+import lzma
 import os
 import stat
 import struct
 import tarfile
 import warnings
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +32,8 @@ MAX_IMAGE_BYTES = 512 * 2**20
 
 BROKEN_PICTURE = (
     OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, MemoryError,
-    RuntimeError, AssertionError, EOFError, struct.error, zlib.error, tarfile.TarError, Image.DecompressionBombError,
+    RuntimeError, AssertionError, EOFError, struct.error, zlib.error, lzma.LZMAError, tarfile.TarError,
+    zipfile.BadZipFile, Image.DecompressionBombError,
 )  # fmt: skip
 """What reading and decoding hostile bytes may raise: Pillow's decoders raise nearly anything."""
 
@@ -58,6 +62,10 @@ class ImageRef:
         return cls(*json.loads(text))
 
     def __str__(self) -> str:
+        if self.kind in ("dataset", "stream"):
+            about = json.loads(self.path)
+            split = about.get("split") or about.get("data_split") or ""
+            return f"{about['path']}: {split} row {self.place}".replace(":  ", ": ")
         inside = {"slice": f" at byte {self.place}", "file": ""}.get(self.kind, f" row {self.place}")
         return f"{self.path}{inside}"
 
@@ -111,7 +119,7 @@ class Source(Settings):
 
     path: str
     split: str | None = Field(None, min_length=1)
-    """Split of all records; null takes what the source says, else a share by hash."""
+    """Split of all records; null takes what the source says, else a share by hash; `hash` never asks the source."""
     weight: float = Field(1.0, gt=0)
     """How often an epoch visits each record of this source; 0.5 takes another half every epoch."""
 
@@ -130,12 +138,23 @@ class Source(Settings):
     @property
     def name(self) -> str:
         """What reports call the source."""
-        return Path(self.path).resolve().stem
+        path = Path(self.path)
+        # of a pattern of files, the folder
+        return (path.parent if set("{}*?") & set(path.name) else path).resolve().stem
 
     @property
     def attribution(self) -> str:
         """Credit line that must stand beside the pictures; empty where none is asked for."""
         return ""
+
+
+def source_names(sources: Sequence[Source]) -> list[str]:
+    """What each source is called where several are: its own name, with a number where that is another's too."""
+    names: list[str] = []
+    for source in sources:
+        tried = (source.name if number == 1 else f"{source.name}-{number}" for number in count(1))
+        names.append(next(name for name in tried if name not in names))
+    return names
 
 
 def inside(root: Path, name: str) -> Path:

@@ -32,6 +32,7 @@ from arra.runs import atomic_write
 
 FORMAT = 2
 RECORDS = "records"
+REMAKE = "run: arra prepare RECIPE (or choose another store)"
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -179,7 +180,7 @@ class Store:
             return False
         return True
 
-    def require(self, name: str, made_by: Mapping[str, Any]) -> None:
+    def require(self, name: str, made_by: Mapping[str, Any], *, advice: str = REMAKE) -> None:
         """Nothing.
 
         Raises:
@@ -190,8 +191,7 @@ class Store:
             old, new = entry.made_by.get(key), wanted.get(key)
             if old != new:
                 raise ArraError(
-                    f"{self.path}: column '{name}' was made with {key} {old!r}, the recipe says {new!r}; "
-                    "run: arra prepare RECIPE (or choose another store)"
+                    f"{self.path}: column '{name}' was made with {key} {old!r}, the recipe says {new!r}; {advice}"
                 )
 
     def writer(
@@ -271,7 +271,10 @@ class Store:
         """
         names = list(self.about["splits"])
         if split not in names:
-            raise ArraError(f"{self.path}: no records in split '{split}'; it has {', '.join(sorted(names))}")
+            raise ArraError(
+                f"{self.path}: no records in split '{split}'; it has {', '.join(sorted(names))}; name it in the "
+                "source, or say 'split: hash' there to hold a share out"
+            )
         found = []
         for shard in range(self.num_shards):
             same = pc.equal(self.records_of(shard).column("split"), split)

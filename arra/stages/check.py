@@ -560,9 +560,8 @@ class _Examination:
         for name in ("train", "validation"):
             if name not in counts:
                 what = f"no record is in split '{name}', which training needs"
-                _tell(
-                    section, "warning", what, f"name it in the source's split column, or set data.sources.split: {name}"
-                )
+                advice = f"name it in the source, set its split to {name}, or to 'hash' to hold a share out"
+                _tell(section, "error", what, advice)
         held_out = [name for name in counts if name not in ("train", "validation")]
         if not held_out:
             what = "no held-out split beside train and validation: nothing to evaluate on"

@@ -15,7 +15,7 @@ from arra.config import Recipe
 from arra.data.columns import ColumnWriter
 from arra.data.crops import Crop, describe
 from arra.data.llamagen_lists import BROKEN_HEADER, LlamaGenCodesSource, LlamaGenListSource
-from arra.data.records import Failure, Source
+from arra.data.records import Failure, Source, source_names
 from arra.data.store import Store
 from arra.errors import ArraError
 from arra.stages.makers import CODES, smallest_unsigned
@@ -27,7 +27,7 @@ T5_WIDTH = 2048
 
 
 def import_codes(
-    recipe: Recipe, store: Store, sources: Sequence[LlamaGenCodesSource], progress: Progress
+    recipe: Recipe, store: Store, sources: Sequence[LlamaGenCodesSource], shards: Sequence[int], progress: Progress
 ) -> ColumnWriter | None:
     """The written column of the sources' codes, to be published; None if the store has it.
 
@@ -57,11 +57,10 @@ def import_codes(
         "crop": describe(recipe.data.crop, recipe.data.image_size),
         "imported": "LlamaGen code folder",
     }
-    prefixed = len(recipe.data.all_sources) > 1
 
     def read(source: Source, name: str) -> np.ndarray:
         assert isinstance(source, LlamaGenCodesSource)
-        codes = source.read_codes(name.removeprefix(f"{source.name}/") if prefixed else name)
+        codes = source.read_codes(name)
         if codes.shape != (crop.num_variants, grid[0] * grid[1]):
             raise ValueError(
                 f"codes of {codes.shape[0]} crops with {codes.shape[1]} each; the recipe's {made_by['crop']} has "
@@ -78,20 +77,20 @@ def import_codes(
         dtype=smallest_unsigned(first.num_codes),
         sources=sources,
         read=read,
+        shards=shards,
         progress=progress,
     )
 
 
 def import_caption_features(
-    recipe: Recipe, store: Store, sources: Sequence[LlamaGenListSource], progress: Progress
+    recipe: Recipe, store: Store, sources: Sequence[LlamaGenListSource], shards: Sequence[int], progress: Progress
 ) -> ColumnWriter | None:
     """The written column of the sources' T5 features, each as long as its caption; None if the store has it."""
     made_by = {"encoder": "google/flan-t5-xl", "weights": None, "slots": 120, "imported": "LlamaGen caption features"}
-    prefixed = len(recipe.data.all_sources) > 1
 
     def read(source: Source, name: str) -> np.ndarray:
         assert isinstance(source, LlamaGenListSource)
-        path = source.caption_feature_path(name.removeprefix(f"{source.name}/") if prefixed else name)
+        path = source.caption_feature_path(name)
         features = _read_array(path)
         if features.ndim != 3 or features.shape[0] != 1 or features.shape[2] != T5_WIDTH or features.dtype.kind != "f":
             raise ValueError(f"{path}: {features.dtype} {features.shape}; expected floats (1, up to 120, {T5_WIDTH})")
@@ -106,6 +105,7 @@ def import_caption_features(
         dtype=recipe.data.features_dtype,
         sources=sources,
         read=read,
+        shards=shards,
         progress=progress,
     )
 
@@ -120,13 +120,16 @@ def _import(
     dtype: str,
     sources: Sequence[Source],
     read: Callable[[Source, str], np.ndarray],
+    shards: Sequence[int],
     progress: Progress,
 ) -> ColumnWriter | None:
     if store.has(name, made_by):
         return None
     writer = store.writer(name, made_by=made_by, shape=shape, variants=variants, dtype=dtype)
+    writer.forget_failed(shards)
     done = writer.done()
-    for shard in range(store.num_shards):
+    names = [f"{each}/" for each in source_names(sources)] if len(sources) > 1 else [""]
+    for shard in shards:
         progress(f"importing {name}", store.shard_starts[shard], len(store))
         if shard in done:
             continue
@@ -135,7 +138,7 @@ def _import(
         values, valid, failures = [empty] * len(table), np.zeros(len(table), dtype=bool), []
         for place, (record, source) in enumerate(_ids_and_sources(table)):
             try:
-                values[place] = read(sources[source], record)
+                values[place] = read(sources[source], record.removeprefix(names[source]))
                 valid[place] = True
             except BROKEN_HEADER as error:
                 failures.append(

@@ -15,6 +15,7 @@ from torch import Tensor
 from arra.config import Recipe
 from arra.data.columns import Shape
 from arra.data.crops import Crop, CropSettings, describe
+from arra.data.images import Grey16
 from arra.data.loading import DIGEST_BYTES, Loaded, View
 from arra.encoders import Encoder, encoder_spec, load_encoder
 from arra.tokenizers import ImageTokenizer
@@ -87,6 +88,7 @@ class PixelsMaker:
     """The centre square as small uint8 pictures: what evaluation and the second judge look at."""
 
     size: int
+    grey16: Grey16 = "full"
     name: str = PIXELS
     variants: int = 1
     dtype: str = "uint8"
@@ -98,7 +100,7 @@ class PixelsMaker:
 
     @property
     def made_by(self) -> dict[str, Any]:
-        return {"crop": describe(CropSettings(), self.size)}
+        return {"crop": describe(CropSettings(grey16=self.grey16), self.size)}
 
     def make(self, loaded: Loaded) -> Sequence[np.ndarray]:
         return loaded.views[CENTER]
@@ -234,7 +236,7 @@ def wanted_columns(recipe: Recipe, tokenizer: ImageTokenizer | None) -> dict[str
     """
     wanted = {PICTURES: PicturesMaker().made_by, SIZES: SizesMaker().made_by}
     if recipe.data.keeps_pixels:
-        wanted[PIXELS] = PixelsMaker(recipe.data.image_size).made_by
+        wanted[PIXELS] = PixelsMaker(recipe.data.image_size, recipe.data.crop.grey16).made_by
     if recipe.data.mode == "cached":
         if tokenizer is not None:
             wanted[CODES] = codes_made_by(recipe, tokenizer)
@@ -254,7 +256,7 @@ def build_makers(
         elif name == SIZES:
             makers.append(SizesMaker())
         elif name == PIXELS:
-            makers.append(PixelsMaker(recipe.data.image_size))
+            makers.append(PixelsMaker(recipe.data.image_size, recipe.data.crop.grey16))
         elif name == CODES:
             assert tokenizer is not None
             tokenizer.model.to(device)

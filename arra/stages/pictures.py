@@ -186,6 +186,11 @@ def held_out_pixels(recipe: Recipe, store: Store, rows: np.ndarray) -> UInt8[Ten
     """The middle squares of some pictures, stored or cropped now."""
     if store.entry(PIXELS) is not None:
         return torch.from_numpy(store.reader(PIXELS).take(rows))
+    if isinstance(store, RemoteStore):
+        raise ArraError(
+            f"{store.place}: this export has no pixels, which held-out pictures are measured by; export it again and "
+            "name pixels in --columns"
+        )
     return center_pictures(recipe, store, rows=rows)
 
 
@@ -216,6 +221,8 @@ def open_pictures(
             raise ArraError("align.shuffle_targets: the shuffled control needs a store on disk; it has no locality")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.train.seed + 1))
         feature_rows = rows[order.numpy()]
+    if recipe.data.mode == "online" and isinstance(store, RemoteStore):
+        raise ArraError(f"{store.place}: an export holds no pictures to train on online; set data.mode: cached")
     if recipe.data.mode == "cached":
         features = store.reader(features_name(recipe)) if recipe.align is not None else None
         return StoredPictures(rows, store.reader(CODES), features, feature_rows)

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.table import Table
 
 from arra.config import Recipe
 from arra.data.columns import ColumnWriter, folder_lock, tidy_column
+from arra.data.crops import describe
 from arra.data.huggingface import HuggingFaceSource
 from arra.data.index import build_index, is_too_many
 from arra.data.llamagen_lists import LlamaGenCodesSource, LlamaGenListSource
@@ -34,7 +35,7 @@ from arra.stages.tokenizer import prepare_tokenizer
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How the work is done; nothing here changes what is made."""
+    """How the work is done; of what is made only `batch_size` changes a thing: the rounding of features."""
 
     engine: Literal["local", "ray"] = "local"
     batch_size: int = 32
@@ -47,12 +48,23 @@ class PrepareOptions:
     device: str = "auto"
     retry_failed: bool = False
     """Make records again that failed before."""
+    replace: bool = False
+    """Make columns anew that were made otherwise than the recipe says; else they are a mistake that is told."""
 
     def part(self) -> tuple[int, int]:
-        """Which part of how many this process makes."""
+        """Which part of how many this process makes.
+
+        Raises:
+            ArraError: RANK and WORLD_SIZE, as torchrun sets them, say no part.
+        """
         if self.shard is not None:
             return self.shard
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        return parse_part(f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}", "RANK/WORLD_SIZE")
+
+    def own_shards(self, store: Store) -> range:
+        """The shards of this process's part."""
+        part, parts = self.part()
+        return range(store.num_shards * part // parts, store.num_shards * (part + 1) // parts)
 
 
 def parse_options(
@@ -63,6 +75,7 @@ def parse_options(
     threads: int | None,
     device: str,
     retry_failed: bool,
+    replace: bool,
 ) -> PrepareOptions:
     """The options as the command line gives them.
 
@@ -71,13 +84,20 @@ def parse_options(
     """
     if engine not in ("local", "ray"):
         raise ArraError(f"--engine {engine}: expected local or ray")
-    part = None
-    if shard is not None:
-        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
-        if match is None or int(match[1]) >= int(match[2]):
-            raise ArraError(f"--shard {shard}: expected i/n with i from 0 to n-1, as in 0/8")
-        part = int(match[1]), int(match[2])
-    return PrepareOptions(engine, batch_size, workers, part, threads, device, retry_failed)  # type: ignore[arg-type]
+    part = None if shard is None else parse_part(shard, "--shard")
+    return PrepareOptions(engine, batch_size, workers, part, threads, device, retry_failed, replace)  # type: ignore[arg-type]
+
+
+def parse_part(text: str, name: str) -> tuple[int, int]:
+    """(i, n) of a text i/n.
+
+    Raises:
+        ArraError: it is no part of a whole; `name` says where it was given.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ArraError(f"{name} {text}: expected i/n with i from 0 to n-1, as in 0/8")
+    return int(match[1]), int(match[2])
 
 
 @dataclass
@@ -108,11 +128,15 @@ class Preparation:
     @property
     def verdict(self) -> str:
         """Why this is not a success, in one line."""
-        begun = "nothing was made yet" if self.store is None else "the columns are not finished"
-        return (
+        told = (
             f"{self.failed} of {self.items - self.skipped} items failed, more than data.max_failed_fraction "
-            f"{self.max_failed_fraction:g} allows; {begun}: mend what failures.jsonl lists, or raise it, and run again"
+            f"{self.max_failed_fraction:g} allows"
         )
+        if self.store is None:
+            return f"{told}; nothing was made yet: mend what failures.jsonl lists, or raise it, and run again"
+        if not self.done:
+            return f"{told}; the store is finished without them: mend them and run again with --retry-failed"
+        return f"{told}; the columns are not finished: mend what failures.jsonl lists, or raise it, and run again"
 
     def checked(self) -> Store:
         """The store.
@@ -168,7 +192,7 @@ def prepare(
         accept(indexed.store)
         for column in indexed.store.column_names():
             tidy_column(folder / column)
-        writers = _import(recipe, indexed.store, progress)
+        writers = {} if only is not None else _import(recipe, indexed.store, options, found, progress)
         if not _is_codes_alone(recipe):
             if recipe.tokenizer.train is not None and parts == 1:
                 # before hours of training, know that the pictures can be read
@@ -187,20 +211,30 @@ def _is_codes_alone(recipe: Recipe) -> bool:
     return all(isinstance(source, LlamaGenCodesSource) for source in recipe.data.all_sources)
 
 
-def _import(recipe: Recipe, store: Store, progress: Progress) -> dict[str, ColumnWriter]:
-    """Columns that sources bring along, written."""
-    sources, found = recipe.data.all_sources, {}
+def _import(
+    recipe: Recipe, store: Store, options: PrepareOptions, found: Preparation, progress: Progress
+) -> dict[str, ColumnWriter]:
+    """Columns that sources bring along: this process's shards of them are written."""
+    sources, writers, own = recipe.data.all_sources, {}, options.own_shards(store)
     codes = [source for source in sources if isinstance(source, LlamaGenCodesSource)]
     if codes:
         if len(codes) < len(sources):
             raise ArraError(f"{codes[0].path}: codes without pictures do not mix with pictures; prepare them apart")
-        found[CODES] = import_codes(recipe, store, codes, progress)
+        entry = store.entry(CODES)
+        found.already = 0 if entry is None else len(store) - entry.failed
+        writer = import_codes(recipe, store, codes, own, progress)
+        if writer is not None:
+            writers[CODES] = writer
+            found.already, failed = 0, sum(writer.done().get(shard, 0) for shard in own)
+            found.done = sum(store.about["shards"][shard] for shard in own) - failed
     lists = [source for source in sources if isinstance(source, LlamaGenListSource)]
     if any(source.caption_features is not None for source in lists):
         if len(lists) < len(sources) or any(source.caption_features is None for source in lists):
             raise ArraError(f"{lists[0].path}: caption_features must be given for all sources or for none")
-        found[CAPTION_FEATURES] = import_caption_features(recipe, store, lists, progress)
-    return {name: writer for name, writer in found.items() if writer is not None}
+        writer = import_caption_features(recipe, store, lists, own, progress)
+        if writer is not None:
+            writers[CAPTION_FEATURES] = writer
+    return writers
 
 
 def _make(
@@ -213,18 +247,22 @@ def _make(
 ) -> dict[str, ColumnWriter]:
     """Columns made from the pictures: this process's shards of the missing ones are written."""
     needs_tokenizer = only is None or CODES in only
-    tokenizer = prepare_tokenizer(recipe, store, progress=progress) if needs_tokenizer else None
+    tokenizer = (
+        prepare_tokenizer(recipe, store, replace=options.replace, progress=progress) if needs_tokenizer else None
+    )
     wanted = wanted_columns(recipe, tokenizer)
     if only is not None:
         chosen = {*only, *ALWAYS}
         wanted = {name: made_by for name, made_by in wanted.items() if name.partition(".")[0] in chosen}
+    if not options.replace:
+        _refuse_other_makers(recipe, store, wanted)
     missing = {
         name: made_by
         for name, made_by in wanted.items()
         if not store.has(name, made_by) or (options.retry_failed and _failed(store, name))
     }
     if not missing:
-        found.already = len(store)
+        found.already = len(store) - max((_failed(store, name) for name in wanted), default=0)
         return {}
     workers = default_workers() if options.workers is None else options.workers
     if any(isinstance(source, HuggingFaceSource) and source.streaming for source in recipe.data.all_sources):
@@ -238,6 +276,26 @@ ALWAYS = ("pictures", "sizes")
 """Columns that every pass makes where they are missing: they cost nothing and guard the others."""
 
 
+def _refuse_other_makers(recipe: Recipe, store: Store, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+    """Nothing.
+
+    Raises:
+        ArraError: a column is there that was made otherwise; both sides are named, and nothing is overwritten.
+    """
+    for name, made_by in wanted.items():
+        entry = store.entry(name)
+        if entry is not None:
+            store.require(name, made_by, advice="use another store, or make it anew with --replace")
+        elif name.startswith("features.") and (codes := store.entry(CODES)) is not None:
+            # tokenizer and encoder must have seen the same crop
+            own, theirs = describe(recipe.data.crop, recipe.data.image_size), str(codes.made_by.get("crop"))
+            if own != theirs and not all(text.startswith("center_crop(") for text in (own, theirs)):
+                raise ArraError(
+                    f"{store.path}: column 'codes' was made with crop {theirs!r}, '{name}' would be with {own!r}; use "
+                    "the same crop, or another store"
+                )
+
+
 def _failed(store: Store, name: str) -> int:
     entry = store.entry(name)
     return 0 if entry is None else entry.failed
@@ -247,16 +305,19 @@ def _run_pass(
     plan: PassPlan, store: Store, options: PrepareOptions, found: Preparation, progress: Progress
 ) -> dict[str, ColumnWriter]:
     """The writers of the plan's columns, after this process's shards are written."""
-    part, parts = options.part()
-    work, sizes = Pass(plan), store.about["shards"]
+    work, sizes, own = Pass(plan), store.about["shards"], options.own_shards(store)
     if options.retry_failed:
         for writer in work.writers.values():
-            writer.adopt(with_failed=False)
-    own = range(store.num_shards * part // parts, store.num_shards * (part + 1) // parts)
+            writer.adopt()
+    before = {failure.id for writer in work.writers.values() for failure in writer.failures()}
+    if is_too_many(found.failed + len(before), found.items - found.skipped, found.max_failed_fraction):
+        for writer in work.writers.values():  # an earlier run ended over the limit: their pictures may be mended now
+            writer.forget_failed(own)
     done = set.intersection(*(set(writer.done()) for writer in work.writers.values()))
     shards = [shard for shard in own if shard not in done]
     total, begun = sum(sizes[shard] for shard in shards), time.monotonic()
-    found.already = sum(sizes[shard] for shard in own) - total
+    failed = [writer.done() for writer in work.writers.values()]
+    found.already = sum(sizes[shard] - max(each[shard] for each in failed) for shard in own if shard in done)
     made = 0
 
     def on_batch(records: int, waited: float) -> None:
@@ -274,7 +335,7 @@ def _run_pass(
     else:
         results = work.run(shards, on_batch=on_batch)
     for result in results:
-        found.done += result.records
+        found.done += result.records - result.failed
         found.waiting_seconds += result.waiting_seconds
     found.seconds_making = time.monotonic() - begun
     return dict(work.writers)
@@ -286,10 +347,8 @@ def _finish(found: Preparation, store: Store, writers: Mapping[str, ColumnWriter
     whole = [set(writer.done()) for writer in writers.values()]
     found.pending = sum(size for shard, size in enumerate(sizes) if not all(shard in each for each in whole))
     found.failed = store.write_failures({name: writer.failures() for name, writer in writers.items()})
-    for writer in writers.values():
-        if not found.ok:
-            writer.forget_failed()
-        elif not found.pending:
+    if found.ok and not found.pending:
+        for writer in writers.values():
             writer.publish()
 
 

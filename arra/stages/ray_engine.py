@@ -5,6 +5,8 @@ What an actor does with a shard is `arra.stages.passes.Pass`, so the store is th
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -49,6 +51,7 @@ def run_on_ray(plan: PassPlan, shards: Sequence[int], *, on_batch: Callable[[int
             "--engine local"
         ) from error
     if not ray.is_initialized():
+        _refuse_unreachable(os.environ.get("RAY_ADDRESS", ""))
         try:
             ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
         except ConnectionError as error:
@@ -56,17 +59,33 @@ def run_on_ray(plan: PassPlan, shards: Sequence[int], *, on_batch: Callable[[int
     ray.data.DataContext.get_current().enable_progress_bars = False
     # an actor loads in its own process: many actors are the parallelism here
     alone = replace(plan, store=plan.store.resolve(), workers=0, again=frozenset())
+    actors = max(1, min(plan.workers, len(shards)))
     rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     made = rows.map(
         ShardActor,  # type: ignore[arg-type]
         fn_constructor_args=(alone,),
-        concurrency=max(1, min(plan.workers, len(shards))),
+        concurrency=actors,
         num_cpus=1,
         num_gpus=1 if plan.device.startswith("cuda") else None,
     )
     waited = 0.0
     for row in made.iter_rows():
         done = ShardDone(**row)
-        waited += done.waiting_seconds / plan.workers
+        waited += done.waiting_seconds / actors
         on_batch(done.records, waited)
         yield done
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Nothing; a cluster that does not answer is told now, where Ray would wait for minutes.
+
+    Raises:
+        ArraError: nobody listens at the address.
+    """
+    match = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
+    if match is None:  # none given, or `auto`: Ray looks on this machine
+        return
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=10).close()
+    except OSError as error:
+        raise ArraError(f"--engine ray: no cluster at RAY_ADDRESS {address} ({error}); start it or unset it") from error

@@ -28,7 +28,9 @@ from arra.train.tokenizer import TokenizerStep, TokenizerTrainer, train_tokenize
 PICTURES_AT_A_TIME = 64
 
 
-def prepare_tokenizer(recipe: Recipe, store: Store, *, progress: Progress = silent) -> ImageTokenizer:
+def prepare_tokenizer(
+    recipe: Recipe, store: Store, *, replace: bool = False, progress: Progress = silent
+) -> ImageTokenizer:
     """The recipe's tokenizer, trained into `store/tokenizer` first if the recipe says so and it is not there yet.
 
     Raises:
@@ -53,6 +55,11 @@ def prepare_tokenizer(recipe: Recipe, store: Store, *, progress: Progress = sile
             tokenizer = load_tokenizer(folder)
             if tokenizer.about.get("made_from") == made_from:
                 return tokenizer
+            if store.entry("codes") is not None and not replace:
+                raise ArraError(
+                    f"{folder}: the store's codes are of a tokenizer that was trained otherwise than the recipe says; "
+                    "use another store, or make both anew with --replace"
+                )
         _forget_other_training(folder, made_from)
         if start is not None:
             model = start.model.train()

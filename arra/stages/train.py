@@ -15,6 +15,7 @@ from torch import Tensor
 from arra.config import Recipe, dump_recipe
 from arra.data.batches import Batches, TrainBatch, text_batch
 from arra.data.loading import default_workers
+from arra.data.records import source_names
 from arra.data.store import Store
 from arra.distributed import choose_device, set_threads
 from arra.encoders import encoder_spec
@@ -82,7 +83,7 @@ def training_data(
         counts=store.source_counts(train),
         groups=store.group_sizes(train),
         window=store.window(columns),
-        weights=tuple(source.weight for source in recipe.data.all_sources),
+        weights=source_weights(recipe, store),
     )
     codes = held_out_codes(recipe, store, tokenizer, validation).flatten(1)
     prompts = [store.fields(int(row), "prompt")[0] for row in validation]
@@ -91,6 +92,24 @@ def training_data(
         for part in np.array_split(np.arange(len(validation)), max(1, len(validation) // 64))
     ]
     return TrainingData(store, tokenizer, text, pictures, batches, held_out, features)
+
+
+def source_weights(recipe: Recipe, store: Store) -> tuple[float, ...] | None:
+    """How often an epoch visits the records of each of the store's sources; None where all count once.
+
+    Raises:
+        ArraError: the recipe weighs other sources than the store was made from.
+    """
+    if recipe.data.sources is None or all(source.weight == 1 for source in recipe.data.sources):
+        return None
+    sources = recipe.data.all_sources
+    ours, theirs = source_names(sources), [each["name"] for each in store.about["sources"]]
+    if ours != theirs:
+        raise ArraError(
+            f"{store.path}: made from the sources {', '.join(theirs)}, the recipe weighs {', '.join(ours)}; name the "
+            "same ones in the same order, or leave the weights out"
+        )
+    return tuple(source.weight for source in sources)
 
 
 def build_model(recipe: Recipe, text: TextTokenizer, tokenizer: ImageTokenizer) -> Decoder:

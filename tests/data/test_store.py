@@ -326,7 +326,7 @@ def test_the_records_hash_changes_with_every_field(field: str, store: Store) -> 
     changed = (replace(RECORDS[0], **{field: CHANGES[field]}), *RECORDS[1:])
     store.write("x", np.zeros((len(store), 1)), {"made": "of these records"})
     with pytest.raises(
-        ArraError, match=r"made from other records \(toys, 7 pictures\) than given \(toys, 7 pictures\); use another f"
+        ArraError, match=r"made from other records \(toys, 7 pictures\) than given \(toys, 7 pictures\): ids, capt"
     ):
         make_store(store.path, changed)
     make_store(store.path)  # the store is as it was
