@@ -65,7 +65,7 @@ def training_data(
     train, validation = store.rows("train", columns=columns), store.rows("validation", columns=columns)
     text = store_text_tokenizer(recipe, store)
     length = recipe.model.prefix_length
-    check_caption_lengths(store, train, text, length)
+    check_caption_lengths(store, np.concatenate([train, validation]), text, length)
     workers = default_workers()
     pictures = open_pictures(recipe, store, tokenizer, train, workers=workers, device=device or torch.device("cpu"))
     features = None
