@@ -233,8 +233,8 @@ def prepare_speed(folder: Path, count: int) -> None:
         started = time.perf_counter()
         for name in names:
             image = decode_image((pictures / name).read_bytes())
-            codes = tokenizer.encode(torch.from_numpy(center_crop(image, recipe.data.image_size))[None])
-            large = torch.from_numpy(center_crop(image, recipe.data.encoder_image_size))[None]
+            codes = tokenizer.encode(torch.from_numpy(center_crop(image, recipe.data.image_size).copy())[None])
+            large = torch.from_numpy(center_crop(image, recipe.data.encoder_image_size).copy())[None]
             torch.save(codes, folder / "one-by-one" / f"{name}.codes.pt")
             torch.save(encoder.encode(large), folder / "one-by-one" / f"{name}.feature.pt")
         alone = time.perf_counter() - started
