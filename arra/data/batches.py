@@ -4,9 +4,9 @@ Legend: B batch, C prefix positions, P image positions, T = C + P, F feature, N 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -163,7 +163,12 @@ class Batches:
             self.pictures.expect(next_rows[part_next], next_chance[part_next])
         return text_batch(prompts[part], codes, prefix_length=self.prefix_length, features=features, rows=rows[part])
 
-    def _picked(self, step: int) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def _picked(self) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """The records of a step and their chances; what was expected of the next step is not computed again."""
+        return lru_cache(maxsize=4)(self._pick)
+
+    def _pick(self, step: int) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(self.plan.batch(step))
         return rows, torch.rand(len(rows), 4, generator=generator(self.seed, "picture", step))
 

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ import torch.utils.data
 from arra.data.columns import ColumnReader
 from arra.data.crops import Crop, CropSettings, Draw
 from arra.data.images import Grey16
+from arra.data.lines import one_line
 from arra.data.reading import ImageReader
 from arra.data.records import BROKEN_PICTURE, Failure, ImageRef, decode_image
 from arra.data.store import Store
@@ -135,7 +137,7 @@ class Loader:
             except BROKEN_PICTURE as error:
                 if isinstance(error, OSError) and error.errno in OUR_ERRORS:
                     raise
-                loaded.failures.append(Failure(name, str(ref), _one_line(error)))
+                loaded.failures.append(Failure(name, str(ref), _reason(error)))
                 continue
             loaded.places.append(place)
             loaded.digests.append(digest)
@@ -153,10 +155,8 @@ OUR_ERRORS = {errno.EMFILE, errno.ENFILE}
 """Too many open files: no picture's fault."""
 
 
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:500] or type(error).__name__
+def _reason(error: BaseException) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
 
 
 class _Tasks(torch.utils.data.Dataset[Loaded]):
@@ -198,6 +198,10 @@ def load_tasks(
                 worker_init_fn=partial(_begin_worker, os.getpid()),
             )
         found = iter(loader)
+        if workers and threading.current_thread() is threading.main_thread():
+            # torch's handler raises wherever this process happens to be, in the networks too; without it the loader
+            # notices a dead worker by itself when it waits for it, within seconds
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             while True:
                 started = time.perf_counter()

@@ -7,7 +7,7 @@ Legend: B positions of a batch, N records.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -54,6 +54,18 @@ def _scramble(values: np.ndarray, key: int) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def _by_epoch(
+    in_epoch: Callable[[int, np.ndarray], np.ndarray], epoch_length: int, positions: np.ndarray
+) -> np.ndarray:
+    """What an order of single epochs says of the positions of the endless walk."""
+    epochs, slots = np.divmod(positions, epoch_length)
+    found = np.empty(len(positions), dtype=np.int64)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        found[here] = in_epoch(epoch, slots[here])
+    return found
+
+
 @dataclass(frozen=True)
 class Order:
     """An endless walk over the records of one or several sources.
@@ -77,12 +89,7 @@ class Order:
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The record (counted through all sources) at each position of the endless walk; int64 (B,)."""
-        epochs, slots = np.divmod(positions, self.epoch_length)
-        found = np.empty(len(positions), dtype=np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            found[here] = self.in_epoch(epoch, slots[here])
-        return found
+        return _by_epoch(self.in_epoch, self.epoch_length, positions)
 
     def in_epoch(self, epoch: int, slots: np.ndarray) -> np.ndarray:
         """The record at each of an epoch's slots."""
@@ -174,12 +181,7 @@ class WindowedOrder:
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The record at each position of the endless walk; int64 (B,)."""
-        epochs, slots = np.divmod(positions, self.epoch_length)
-        found = np.empty(len(positions), dtype=np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            found[here] = self.in_epoch(epoch, slots[here])
-        return found
+        return _by_epoch(self.in_epoch, self.epoch_length, positions)
 
     def in_epoch(self, epoch: int, slots: np.ndarray) -> np.ndarray:
         """The record at each of an epoch's slots."""

@@ -25,6 +25,7 @@ from PIL import Image
 from pydantic import Field
 
 from arra.data.images import FORMATS, Grey16, to_rgb
+from arra.data.lines import one_line
 from arra.settings import Settings
 
 MAX_IMAGE_BYTES = 512 * 2**20
@@ -219,5 +220,4 @@ def decode_image(content: bytes, *, grey16: Grey16 = "full") -> Image.Image:
 def _reason(error: BaseException) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "no picture of a known format"
-    text = " ".join(str(error).split())
-    return (text or type(error).__name__)[:200]
+    return one_line(error)

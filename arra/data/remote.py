@@ -36,6 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arra.data.cells import map_table
 from arra.data.columns import ColumnEntry, ColumnReader, ColumnWriter, ShardEntry, folder_lock
+from arra.data.lines import one_line
 from arra.data.openmoji import cache_folder
 from arra.data.store import COLUMNS_FILE, RECORDS, SCHEMA, Store
 from arra.errors import ArraError
@@ -257,12 +258,12 @@ class Place:
         except ImportError as error:
             extra = text.partition(":")[0].replace("https", "http")
             raise ArraError(
-                f"{text}: this protocol needs another package ({_one_line(error)}); install it: "
+                f"{text}: this protocol needs another package ({one_line(error)}); install it: "
                 f"pip install 'fsspec[{extra}]'"
             ) from error
         except _network_errors() as error:
             raise ArraError(
-                f"{text}: cannot be opened ({_one_line(error)}); expected a folder, or a URL such as https://, s3://, hf://"
+                f"{text}: cannot be opened ({one_line(error)}); expected a folder, or a URL such as https://, s3://, hf://"
             ) from error
         return cls(text.rstrip("/"), files, str(root).rstrip("/"))
 
@@ -281,7 +282,7 @@ class Place:
             except _network_errors() as error:
                 if pause is None or _is_final(error):
                     raise ArraError(
-                        f"{self.text}/{name}: cannot be read ({_one_line(error)}); check the network and run again"
+                        f"{self.text}/{name}: cannot be read ({one_line(error)}); check the network and run again"
                     ) from error
                 time.sleep(pause)
         raise AssertionError("the last pause is None")
@@ -308,7 +309,7 @@ class Place:
             size: int | None = self.files.size(f"{self.root}/{name}")
             return size
         except _network_errors() as error:
-            raise ArraError(f"{self.text}/{name}: missing or not readable ({_one_line(error)})") from error
+            raise ArraError(f"{self.text}/{name}: missing or not readable ({one_line(error)})") from error
 
     def copy(self, name: str, target: Path, expected: MirroredFile) -> None:
         """Nothing; `target` is the file, or nothing is there.
@@ -393,7 +394,7 @@ class RowGroups:
         try:
             found = self._decode(number, local, sorted(names))
         except (ValueError, KeyError, IndexError, OverflowError, MemoryError, OSError, pa.ArrowException) as error:
-            raise ArraError(f"{where}: damaged ({_one_line(error)}); fetch or export the file again") from error
+            raise ArraError(f"{where}: damaged ({one_line(error)}); fetch or export the file again") from error
         for name, decoded in found.items():
             if decoded.digest() != file.columns[name].groups[local]:
                 raise ArraError(f"{where}: column '{name}' is not what {COLUMNS_FILE} says; export it again")
@@ -651,7 +652,7 @@ def _mirror(source: Place, name: str, target: Path, file: MirroredFile) -> None:
                 raise ValueError("they have other fields, or name pictures, which those of an export do not")
         except (ValueError, pa.ArrowException, ArraError) as error:
             target.unlink()
-            raise ArraError(f"{source.text}/{name}: no records of an export ({_one_line(error)})") from error
+            raise ArraError(f"{source.text}/{name}: no records of an export ({one_line(error)})") from error
 
 
 def _is_final(error: BaseException) -> bool:
@@ -668,11 +669,7 @@ def _fault(error: BaseException) -> str:
         return f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}"[:300]
     if isinstance(error, KeyError):
         return f"{error} is missing"
-    return _one_line(error)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error)
 
 
 def remote_text(place: Path | str) -> str | None:

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,19 @@ def aborting(monkeypatch: pytest.MonkeyPatch, how: int) -> None:
         return decode(content, **options)
 
     monkeypatch.setattr(loading, "decode_image", crash)
+
+
+def test_a_dying_process_disturbs_nobody_between_batches(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end is met where the next batch is asked for, never in the middle of what a batch is used for."""
+    with monkeypatch.context() as patch:
+        aborting(patch, signal.SIGSEGV)
+        found = []
+        for loaded in load_tasks(tasks_of(store), Loader(store.path, VIEWS), workers=3):
+            deadline = time.monotonic() + 1.0
+            while time.monotonic() < deadline:  # the networks' work
+                pass
+            found.append(loaded.task)
+    assert found == tasks_of(store)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
