@@ -12,21 +12,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from arra.align import Alignment
-    from arra.encoders import load_encoder
+    from arra.encoders import clean_caption, load_encoder, load_text_encoder
     from arra.errors import ArraError
     from arra.models import load_model, save_model
     from arra.sample.generate import generate
     from arra.tokenizers import load_tokenizer
 
 __version__ = "0.1.0"
-__all__ = ["Alignment", "ArraError", "generate", "load_encoder", "load_model", "load_tokenizer", "save_model"]
+__all__ = [
+    "Alignment",
+    "ArraError",
+    "clean_caption",
+    "generate",
+    "load_encoder",
+    "load_model",
+    "load_text_encoder",
+    "load_tokenizer",
+    "save_model",
+]
 
 _HOMES = {
     "Alignment": "arra.align",
     "ArraError": "arra.errors",
+    "clean_caption": "arra.encoders",
     "generate": "arra.sample.generate",
     "load_encoder": "arra.encoders",
     "load_model": "arra.models",
+    "load_text_encoder": "arra.encoders",
     "load_tokenizer": "arra.tokenizers",
     "save_model": "arra.models",
 }

@@ -79,7 +79,9 @@ ShardOption = Annotated[
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=0, help="Loader processes, or actors; default: the cores but one.")
 ]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures per batch of the networks.")]
+BatchOption = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Pictures, or captions, per batch of the networks.")
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")]
 ReplaceOption = Annotated[
@@ -142,6 +144,9 @@ def extract(
     encoder: Annotated[
         str | None, typer.Option("--encoder", help="An encoder of `arra list encoders`; default: the recipe's teacher.")
     ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="Features of the captions, by the recipe's text encoder; reads no picture.")
+    ] = False,
     store: StoreOption = Path("runs/store"),
     row: RowOption = None,
     engine: EngineOption = "local",
@@ -157,10 +162,14 @@ def extract(
     """The features of one encoder alone: adds a column and touches nothing else.
 
     Example: arra extract demo --encoder efficientnet-lite1 --store runs/store
+
+    Example: arra extract llamagen_t2i --text --set text_encoder.weights=flan-t5-xl --store runs/t2i/store
     """
+    if text and encoder is not None:
+        raise ArraError("--text and --encoder are two encoders; give one, the text encoder is named in the recipe")
     options = (engine, shard, workers, batch_size, threads, device, retry_failed, replace)
     chosen = [*(overrides or ()), *([] if encoder is None else [f"encoder.teacher={encoder}"])]
-    _prepare(recipe, store, row, options, chosen, only=("features",))
+    _prepare(recipe, store, row, options, chosen, only=("caption_features" if text else "features",))
 
 
 def _prepare(
@@ -174,7 +183,8 @@ def _prepare(
 ) -> None:
     from arra.config import load_recipe
     from arra.display import Display
-    from arra.stages.prepare import parse_options, summary_table
+    from arra.stages.preparation import summary_table
+    from arra.stages.prepare import parse_options
     from arra.stages.prepare import prepare as prepare_store
 
     loaded = load_recipe(recipe, row=row, overrides=overrides or ())
@@ -182,6 +192,9 @@ def _prepare(
     with Display(console) as display:
         found = prepare_store(loaded, store, options=parse_options(*options), only=only, progress=display.row("data"))
     console.print(summary_table(found))
+    if found.cut:
+        listed = store / "caption_features.*" / "cut.jsonl"
+        console.print(f"which captions were cut: {listed}", highlight=False, markup=False, soft_wrap=True)
     if found.failed:
         listed = store / "failures.jsonl"
         console.print(f"what failed, and why: {listed}", highlight=False, markup=False, soft_wrap=True)
@@ -326,29 +339,63 @@ def train(
     typer.echo(str(run.path))
 
 
+TokenizerOption = Annotated[
+    str | None, typer.Option("--tokenizer", help="Image tokenizer in place of the run's: a name or a folder.")
+]
+TokenizerWeightsOption = Annotated[
+    Path | None, typer.Option("--tokenizer-weights", help="Checkpoint file of a published tokenizer.")
+]
+
+
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    run: Annotated[Path, typer.Argument(help="A finished run, or a folder of `arra import`.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to paint; may be repeated.")] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A file with one prompt per line.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", help="A class: its number, numbers as in 0-9, or its name.")
+    ] = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds, as in 0-7 or 1,5,9.")] = "0-7",
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures.")] = None,
     cfg_scale: Annotated[float | None, typer.Option("--cfg-scale", min=0, help="Guidance; 1 is off.")] = None,
+    cfg_interval: Annotated[
+        int | None, typer.Option("--cfg-interval", min=-1, help="Guide codes 0 to this + 1 alone; -1 guides all.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", min=0, help="0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", min=0, help="0 is off.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", min=0.0, max=1, help="1 is off.")] = None,
+    min_p: Annotated[float | None, typer.Option("--min-p", min=0.0, max=1, help="0 is off.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures painted together.")] = 16,
+    text_encoder: Annotated[
+        Path | None, typer.Option("--text-encoder", help="Folder of the text encoder of a caption model.")
+    ] = None,
+    tokenizer: TokenizerOption = None,
+    tokenizer_weights: TokenizerWeightsOption = None,
+    device: DeviceOption = "auto",
 ) -> None:
-    """Paint prompts with a finished run: NNNNNN.png, samples.jsonl, grid.png.
+    """Paint prompts or classes with a trained model: NNNNNN.png, samples.jsonl, grid.png.
 
     Example: arra generate runs/demo/aligned --prompt "a red heart on fire"
-    """
-    from arra.stages.paint import load_run, paint_prompts, parse_seeds, read_prompts
 
-    texts = read_prompts(prompt or [], prompts)
+    Example: arra generate runs/arra-base-b --label 207 --label "tabby cat" --seeds 0-3 --cfg-scale 2
+    """
+    from arra.stages.paint import load_painter, paint, parse_seeds
+    from arra.stages.wishes import make_wishes, read_asked
+
+    texts, labels = read_asked(prompt or [], prompts, label or [])
     numbers = parse_seeds(seeds)
+    loaded = load_painter(run, tokenizer=tokenizer, tokenizer_weights=tokenizer_weights).on(device)
+    wishes = make_wishes(loaded.model, texts, labels, section=loaded.text_encoder, folder=text_encoder)
+    chosen = {
+        "cfg_scale": cfg_scale,
+        "cfg_interval": cfg_interval,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+    }
     folder = out or run / "samples" / "generated"
-    chosen = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    written = paint_prompts(load_run(run), texts, numbers, folder, overrides=chosen)
+    written = paint(loaded, wishes, numbers, folder, overrides=chosen, batch_size=batch_size)
     typer.echo(f"{len(written) - 1} pictures in {folder}, all together in {written[-1]}")
 
 
@@ -356,6 +403,8 @@ def generate(
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs.")],
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
+    tokenizer_weights: TokenizerWeightsOption = None,
+    device: DeviceOption = "auto",
 ) -> None:
     """Measure finished runs on held-out pictures: metrics.json in each.
 
@@ -373,9 +422,65 @@ def evaluate(
             evaluation = evaluate_run(
                 run,
                 threads=threads,
+                tokenizer_weights=tokenizer_weights,
+                device=device,
                 progress=display.row("evaluate"),
             )
         console.print(results_table(evaluation))
+
+
+@app.command()
+def reconstruct(
+    tokenizer: Annotated[str, typer.Argument(help="A tokenizer of `arra list tokenizers`, or a tokenizer folder.")],
+    data: Annotated[str, typer.Argument(help="A folder of pictures, a recipe file or name, or a store.")],
+    weights: Annotated[str | None, typer.Option("--weights", help="Checkpoint file of a published tokenizer.")] = None,
+    entry: Annotated[str, typer.Option("--entry", help="Weights to take from that file: model or ema.")] = "model",
+    inception: Annotated[
+        str | None, typer.Option("--inception", help="torch-fidelity's Inception weights, for rFID.")
+    ] = None,
+    perceptual: Annotated[
+        list[str] | None, typer.Option("--perceptual", help="VGG16's weights, and LPIPS' heads, for LPIPS.")
+    ] = None,
+    judge: Annotated[str | None, typer.Option("--judge", help="An encoder, for the other Fréchet distance.")] = None,
+    image_size: Annotated[int | None, typer.Option("--image-size", min=1, help="Pixels per side.")] = None,
+    max_images: Annotated[
+        int | None, typer.Option("--max-images", min=2, help="At most so many, evenly spaced.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="A split of the recipe or the store; default: all.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for metrics.json and a grid.")] = Path("runs/reconstruct"),
+    workers: WorkersOption = None,
+    threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """What a tokenizer keeps of pictures: PSNR, SSIM, LPIPS, Fréchet distances, use of its codebook.
+
+    Example: arra reconstruct openmoji-vq4 my_pictures --image-size 64
+    """
+    from arra.display import Display
+    from arra.distributed import set_threads
+    from arra.stages.reconstruct import parse_options, reconstruction_table
+    from arra.stages.reconstruct import reconstruct as reconstruct_pictures
+
+    set_threads(threads)
+    options = parse_options(
+        weights=weights,
+        entry=entry,
+        image_size=image_size,
+        max_images=max_images,
+        split=split,
+        judge=judge,
+        inception=inception,
+        perceptual=tuple(perceptual or ()),
+        workers=workers,
+        device=device,
+    )
+    console = _console()
+    with Display(console) as display:
+        found = reconstruct_pictures(tokenizer, data, out=out, options=options, progress=display.row("reconstruct"))
+    console.print(reconstruction_table(found))
+    typer.echo(f"{found.metrics_path}, pictures in {found.grid_path}")
 
 
 @app.command()
@@ -391,6 +496,78 @@ def report(
     from arra.stages.report import report as write_report
 
     typer.echo(str(write_report(runs, out, title=title)))
+
+
+@app.command(name="import")
+def import_weights(
+    source: Annotated[
+        Path, typer.Argument(help="A .pt, .pth or .safetensors file, or a folder with one or its shards.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be new.")],
+    entry: Annotated[str, typer.Option("--entry", help="model or ema: the weights to take from the file.")] = "model",
+    size: Annotated[str | None, typer.Option("--size", help="b, l, xl, xxl, xxxl, 1b, 3b or 7b; checked.")] = None,
+    num_heads: Annotated[
+        int | None, typer.Option("--num-heads", min=1, help="Of a decoder of no published size.")
+    ] = None,
+    grid: Annotated[str | None, typer.Option("--grid", help="Rows x columns of codes, as 24x24 (384 pixels).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: the file's.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", metavar="PATTERN", help="Keys to leave out; may be repeated.")
+    ] = None,
+    init_missing: Annotated[
+        list[str] | None,
+        typer.Option("--init-missing", metavar="PATTERN", help="Missing keys to initialise afresh; may be repeated."),
+    ] = None,
+) -> None:
+    """LlamaGen's weights to arra's format: a decoder's or a tokenizer's folder. No file can run code.
+
+    Every missing and unexpected key is named, and is an error unless a pattern covers it.
+
+    Example: arra import c2i_L_384.pt models/llamagen-l --grid 24x24
+
+    Example: arra import vq_ds16_c2i.pt models/vq16
+    """
+    from arra.stages.weights import import_weights as import_into
+
+    if entry not in ("model", "ema"):
+        raise ArraError(f"--entry {entry}: unknown; expected model or ema")
+    done = import_into(
+        source,
+        out,
+        entry="ema" if entry == "ema" else "model",
+        size=size,
+        num_heads=num_heads,
+        grid=grid,
+        dtype=dtype,
+        ignore=ignore or (),
+        init_missing=init_missing or (),
+    )
+    typer.echo(done.summary())
+    typer.echo(str(done.path))
+
+
+@app.command(name="export")
+def export_weights(
+    source: Annotated[Path, typer.Argument(help="A run, or the folder of a decoder or a tokenizer.")],
+    out: Annotated[Path, typer.Argument(help="File to write; must be new.")],
+    to: Annotated[str, typer.Option("--to", help="Whose format: llamagen.")] = "llamagen",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = "float32",
+    layout: Annotated[
+        str, typer.Option("--layout", help='train: {"model": weights}; fsdp: the weights alone (--from-fsdp).')
+    ] = "train",
+) -> None:
+    """A checkpoint that the original LlamaGen loads, and the options to give its scripts.
+
+    Example: arra export runs/llamagen_c2i model.pt --to llamagen
+    """
+    from arra.stages.weights import export_weights as export_to
+
+    done = export_to(source, out, to=to, dtype=dtype, layout=layout)
+    typer.echo(done.summary())
+    typer.echo(f"for LlamaGen: {done.hint}")
+    typer.echo(str(done.path))
 
 
 @app.command()

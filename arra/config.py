@@ -20,9 +20,10 @@ from pydantic_core import ErrorDetails
 from arra.data.crops import CropSettings
 from arra.data.records import Source
 from arra.data.sources import AnySource, SourceKind, expand_sources, source_of
-from arra.encoders import SPECS
+from arra.encoders import SPECS, TEXT_SPECS
 from arra.errors import ArraError
 from arra.evaluate.settings import EvaluateSettings
+from arra.models.llamagen import SIZES
 from arra.runs import atomic_write
 from arra.sample.logits import SamplingSettings
 from arra.settings import Settings
@@ -98,6 +99,8 @@ class TokenizerSection(Settings):
     """A known name or a tokenizer folder; the weights training starts from, unless `network` is given."""
     weights: str | None = None
     """Checkpoint file of a published tokenizer (`name: llamagen-vq16`)."""
+    entry: Literal["model", "ema"] = "model"
+    """Which weights of that file; LlamaGen's own tools take `model` for codes."""
     network: VQSettings | None = None
     """A fresh network of this shape in place of known weights; needs `train`."""
     train: TokenizerTrainSettings | None = None
@@ -107,6 +110,8 @@ class TokenizerSection(Settings):
     def _fresh_needs_training(self) -> "TokenizerSection":
         if self.network is not None and self.train is None:
             raise ValueError("a fresh network makes no codes; add a 'train' section")
+        if self.network is not None and self.train is not None and self.train.part == "decoder":
+            raise ValueError("train.part: decoder keeps the codes of a tokenizer; name one, and remove 'network'")
         return self
 
 
@@ -124,22 +129,98 @@ class EncoderSection(Settings):
         return self
 
 
+class TextEncoderSection(Settings):
+    """The frozen text encoder whose vectors a model with `condition: caption` is given."""
+
+    name: str = "flan-t5-xl"
+    """A name of `arra list encoders`; LlamaGen's is flan-t5-xl."""
+    weights: str | None = None
+    """Its folder in Hugging Face layout; not needed to train where the store has the features."""
+    clean: bool = False
+    """Captions in lower case, without addresses, markup, file names and the like, as LlamaGen has them."""
+    short: bool = False
+    """Also the features of every caption's first sentence, for models that should paint short prompts too."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What it computes in; `data.features_dtype` is what is stored."""
+
+    @model_validator(mode="after")
+    def _known(self) -> "TextEncoderSection":
+        if self.name not in TEXT_SPECS:
+            raise ValueError(f"'{self.name}' is no known text encoder; known are {', '.join(TEXT_SPECS)}")
+        return self
+
+
+PREFIX_LENGTHS = {"text": 14, "class": 1, "caption": 120}
+
+
 class ModelSection(Settings):
     """Shape and dropout of the decoder; codes, grid and vocabulary follow from the data and the tokenizer."""
 
+    condition: Literal["text", "class", "caption"] = "text"
+    """text: words of the prompt, which the model learns to read; class: a label; caption: vectors of a text encoder."""
+    size: Literal["b", "l", "xl", "xxl", "xxxl", "1b", "3b", "7b"] | None = None
+    """One of LlamaGen's published shapes, in place of layers, heads and width."""
     num_layers: int = Field(4, gt=0)
     num_heads: int = Field(4, gt=0)
     hidden_size: int = Field(128, gt=0)
     ffn_hidden_size: int | None = Field(None, gt=0)
-    prefix_length: int = Field(14, gt=1)
-    """Text positions, the begin-of-image token included; longer prompts are refused."""
+    weights: str | None = None
+    """Start from these instead of fresh weights: a checkpoint file, a folder of `arra import`, or a run."""
+    prefix_length: int = Field(PREFIX_LENGTHS["text"], gt=0)
+    """Positions before the codes; text: 14 unless given, the begin-of-image token included, longer prompts are
+    refused; class: 1; caption: the text encoder's slots, 120 unless given."""
     text_vocab_size: int = Field(3000, ge=300)
     """Most ids of the text tokenizer, which is trained on the training captions."""
+    num_classes: int | None = Field(None, gt=0)
+    """Classes without the null class; null takes the store's."""
     token_dropout: float = Field(0.1, ge=0, lt=1)
+    """After the embeddings of condition and codes."""
     resid_dropout: float = Field(0.0, ge=0, lt=1)
+    """After the output of every attention."""
     ffn_dropout: float = Field(0.0, ge=0, lt=1)
+    """After every feed-forward."""
+    attn_dropout: float = Field(0.0, ge=0, lt=1)
+    """On attention weights."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Chance that a picture skips the last block; it rises from 0 at the first one."""
+    initializer_range: float = Field(0.02, gt=0)
+    """Standard deviation of the first weights."""
     seed: int = Field(0, ge=0)
     """Of the first weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        filled = dict(data)
+        size, condition = filled.get("size"), filled.get("condition", "text")
+        shape = SIZES.get(size, {}) if isinstance(size, str) else {}
+        if shape and filled.get("ffn_hidden_size") is not None:
+            raise ValueError(f"ffn_hidden_size follows from size '{size}'; leave one of the two out")
+        for name, number in shape.items():
+            if filled.setdefault(name, number) != number:
+                raise ValueError(
+                    f"size '{size}' has {name} {number}, found {filled[name]!r}; leave {name} out, or set size: null"
+                )
+        if isinstance(condition, str) and condition in PREFIX_LENGTHS:
+            filled.setdefault("prefix_length", PREFIX_LENGTHS[condition])
+        return filled
+
+    @model_validator(mode="after")
+    def _fits_the_condition(self) -> "ModelSection":
+        if self.condition == "class" and self.prefix_length != 1:
+            raise ValueError(f"prefix_length: a class takes one position, found {self.prefix_length}; leave it out")
+        if self.condition == "text" and self.prefix_length < 2:
+            raise ValueError(f"prefix_length: text and the begin-of-image token need 2, found {self.prefix_length}")
+        if self.condition != "class" and self.num_classes is not None:
+            raise ValueError(f"num_classes: a model conditioned on {self.condition} has no classes; leave it out")
+        return self
+
+    @property
+    def multiple_of(self) -> int:
+        """What the width of the feed-forward is rounded up to: LlamaGen's own for its sizes, finer for small shapes."""
+        return 256 if self.size is not None else 32
 
 
 class Recipe(Settings):
@@ -152,6 +233,8 @@ class Recipe(Settings):
     data: DataSection = DataSection()
     tokenizer: TokenizerSection = TokenizerSection()
     encoder: EncoderSection = EncoderSection()
+    text_encoder: TextEncoderSection | None = None
+    """Who reads captions for a model with `condition: caption`; `arra prepare` keeps what it says in the store."""
     model: ModelSection = ModelSection()
     align: AlignSettings | None = None
     train: TrainSettings
@@ -165,6 +248,10 @@ class Recipe(Settings):
         if self.align is not None and self.align.layer > self.model.num_layers:
             raise ValueError(
                 f"align.layer: {self.align.layer} is outside 0..{self.model.num_layers} here; the paper uses 1"
+            )
+        if self.model.condition == "caption" and self.text_encoder is None:
+            raise ValueError(
+                "model.condition: caption needs a 'text_encoder' section, as in text_encoder: {name: flan-t5-xl}"
             )
         width = self.model.hidden_size
         if width % self.model.num_heads or (width // self.model.num_heads) % 4:

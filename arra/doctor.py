@@ -15,6 +15,7 @@ from arra.errors import ArraError
 
 EXTRAS = {
     "encoders": ("transformers", "open_clip", "timm", "torchvision"),
+    "text": ("transformers", "ftfy", "sentencepiece"),
     "metrics": ("torch_fidelity", "torchmetrics", "torchxrayvision"),
     "app": ("gradio",),
     "ray": ("ray",),
@@ -122,11 +123,14 @@ def known_names(what: str) -> list[str]:
 
 
 def _encoders() -> Iterator[str]:
-    from arra.encoders import SPECS
+    from arra.encoders import SPECS, TEXT_SPECS
 
     for spec in SPECS.values():
         size = f"{spec.feature_size} features, {spec.image_size} px"
         yield f"{spec.name}  {size}, {spec.family}; {spec.source}; {spec.licence}"
+    for text in TEXT_SPECS.values():
+        size = f"{text.feature_size} features, {text.num_slots} slots, {text.num_parameters / 1e6:,.0f}M parameters"
+        yield f"{text.name}  for text: {size}; needs its folder, {text.source}; {text.licence}"
 
 
 def _tokenizers() -> Iterator[str]:

@@ -163,6 +163,7 @@ def whole_batches(path: Path) -> float:
     import torch
 
     from arra.data.batches import Batches
+    from arra.data.conditions import TextConditions
     from arra.stages.captions import StoreCaptions
     from arra.stages.pictures import StoredPictures
     from arra.tokenizers.text import train_text_tokenizer
@@ -172,12 +173,9 @@ def whole_batches(path: Path) -> float:
     rows = store.rows("train")
     text = train_text_tokenizer([f"picture number {number}" for number in range(1000)], vocab_size=1000)
     batches = Batches(
-        captions=StoreCaptions(store, rows, text),
+        conditions=TextConditions(StoreCaptions(store, rows, text), 14, dropout=0.1, alternative_share=0.3),
         pictures=StoredPictures(rows, store.reader("codes")),
-        prefix_length=14,
         batch_size=256,
-        condition_dropout=0.1,
-        alternative_share=0.3,
         seed=0,
     )
     for step in range(40):

@@ -308,3 +308,42 @@ def test_constraints_pin_every_declared_package():
         re.split(r"[\[>]", package)[0].lower().replace("_", "-") for package in declared
     }  # without extras, as ray[data]
     assert names <= pinned
+
+
+def model_of(*overrides: str) -> Any:
+    text = "name: x\ntrain: {steps: 1}\ntext_encoder: {name: flan-t5-xl}\n"
+    return parse_recipe(text, Recipe, source="x.yaml", overrides=overrides).model
+
+
+def test_sizes_are_llamagens_and_are_not_mixed_with_shapes():
+    small = model_of()
+    assert (small.condition, small.num_layers, small.num_heads, small.hidden_size) == ("text", 4, 4, 128)
+    assert (small.prefix_length, small.multiple_of) == (14, 32)
+    large = model_of("model.size=3b", "model.condition=class")
+    assert (large.num_layers, large.num_heads, large.hidden_size) == (24, 32, 3200)
+    assert (large.prefix_length, large.multiple_of) == (1, 256)
+    assert model_of("model.condition=caption").prefix_length == 120
+    # a saved recipe is resolved: the shape stands beside the size
+    recipe = parse_recipe("name: x\ntrain: {steps: 1}\nmodel: {size: b}\n", Recipe, source="x.yaml")
+    assert parse_recipe(dump_recipe(recipe), Recipe, source="again") == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["model.size=b", "model.num_layers=3"], "size 'b' has num_layers 12, found 3; leave num_layers out"),
+        (["model.size=b", "model.ffn_hidden_size=64"], "ffn_hidden_size follows from size 'b'"),
+        (["model.size=m"], "'1b', '3b' or '7b' or null, found 'm'"),
+        (["model.condition=class", "model.prefix_length=4"], "a class takes one position, found 4"),
+        (["model.prefix_length=1"], "text and the begin-of-image token need 2, found 1"),
+        (["model.num_classes=4"], "a model conditioned on text has no classes"),
+        (["model.condition=caption", "text_encoder=null"], "caption needs a 'text_encoder' section"),
+        (["model.condition=clas"], "did you mean 'class'?"),
+        (["model.size=l", "align.layer=25"], "align.layer: 25 is outside 0..24"),
+    ],
+)
+def test_models_that_cannot_be(overrides: list[str], told: str):
+    with pytest.raises(ArraError) as caught:
+        model_of(*overrides)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)

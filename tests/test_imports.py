@@ -1,7 +1,9 @@
 """What others have computed comes into the store as it was: LlamaGen's codes and its T5 caption features."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from arra.config import Recipe, load_recipe
 from arra.data.store import Store
 from arra.errors import ArraError
-from arra.stages.imports import CAPTION_FEATURES, T5_WIDTH
+from arra.stages.imports import T5_FEATURES, T5_WIDTH
+from arra.stages.makers import wanted_columns
 from arra.stages.prepare import PrepareOptions, prepare
 
 INLINE = PrepareOptions(workers=0, batch_size=8, threads=1)
@@ -49,6 +52,33 @@ def test_codes_come_in_as_they_were(codes_folder: tuple[Path, np.ndarray, np.nda
     assert [store.fields(row, "label")[0] for row in range(30)] == labels.tolist()
     assert [store.fields(row, "id")[0] for row in (0, 29)] == ["0", "29"]
     assert prepare(codes_recipe(folder), tmp_path / "store", options=INLINE).ok  # nothing to do
+
+
+def test_two_ranges_come_from_two_folders(codes_folder: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    """Twenty variants: the ten of the folder, then the ten of its sibling; a record that one lacks is a failure."""
+    folder, codes, _ = codes_folder
+    first, second = (tmp_path / name / "imagenet64_codes" for name in ("flip_ten_crop", "flip_ten_crop_105"))
+    for path in (first, second):
+        path.parent.mkdir()
+    folder.rename(first)
+    (tmp_path / "imagenet64_labels").rename(first.parent / "imagenet64_labels")
+    second.mkdir()
+    for number in range(29):
+        np.save(second / f"{number}.npy", 16383 - codes[number][None])
+    recipe = codes_recipe(first, "data.crop={kind: ten_crop, range: [1.1, 1.05]}", "data.max_failed_fraction=0.1")
+    store = prepare(recipe, tmp_path / "store", options=INLINE).checked()
+    reader = store.reader("codes")
+    assert (reader.entry.variants, reader.entry.made_by["crop"]) == (20, "ten_crop(64, range=1.1+1.05)")
+    for variant in (0, 9, 10, 19):
+        found = reader.take(np.arange(29), variants=np.full(29, variant)).reshape(29, 16)
+        np.testing.assert_array_equal(found, codes[:29, variant] if variant < 10 else 16383 - codes[:29, variant - 10])
+    assert np.nonzero(~reader.valid())[0].tolist() == [29]
+    with pytest.raises(ArraError, match=r"made with crop 'ten_crop\(64, range=1.1\+1.05\)', the recipe says 'ten_crop"):
+        prepare(codes_recipe(first, "data.max_failed_fraction=0.1"), tmp_path / "store", options=INLINE)
+    again = replace(INLINE, replace=True)
+    assert (
+        prepare(codes_recipe(first), tmp_path / "store", options=again).checked().reader("codes").entry.variants == 10
+    )
 
 
 def test_a_broken_code_file_is_a_failure(codes_folder: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path) -> None:
@@ -94,12 +124,34 @@ def test_caption_features_come_with_the_list(
     (tmp_path / "t5" / "part").mkdir(parents=True)
     for number, each in enumerate(features):
         np.save(tmp_path / "t5" / "part" / f"{number}.npy", each)
-    source = f"{{kind: llamagen-list, path: {pictures / 'part.jsonl'}, caption_features: {tmp_path / 't5'}}}"
+    shutil.copytree(tmp_path / "t5", tmp_path / "short")
+    np.save(tmp_path / "short" / "part" / "0.npy", features[1])
+    folders = f"caption_features: {tmp_path / 't5'}, short_caption_features: {tmp_path / 'short'}"
+    source = f"{{kind: llamagen-list, path: {pictures / 'part.jsonl'}, {folders}}}"
     own = [f"data.sources=[{source}]", "data.shard_records=16", "data.features_dtype=float16"]
     recipe = load_recipe("demo", row="aligned", overrides=[*toy_settings, *own])
     store: Store = prepare(recipe, tmp_path / "store", options=INLINE).checked()
-    reader = store.reader(CAPTION_FEATURES)
+    (short,) = store.reader(f"{T5_FEATURES}.short").take_ragged(np.array([0]))
+    np.testing.assert_array_equal(short, features[1][0].astype(np.float16))
+    reader = store.reader(T5_FEATURES)
     assert reader.shapes().tolist() == [[length, T5_WIDTH] for length in lengths]
     for row, found in zip((39, 0, 17), reader.take_ragged(np.array([39, 0, 17])), strict=True):
         np.testing.assert_array_equal(found, features[row][0].astype(np.float16))
     assert store.reader("codes").valid().all()
+
+    # a model that is told of captions takes them, with no text encoder on this machine
+    told = ["model.condition=caption", "text_encoder.short=true"]
+    unclean = load_recipe("demo", row="aligned", overrides=[*toy_settings, *own, *told])
+    with pytest.raises(
+        ArraError, match=r"clean: the imported column 'caption_features.flan-t5-xl' is of captions that"
+    ):
+        prepare(unclean, store.path, options=INLINE)
+    with pytest.raises(ArraError, match="set it to true, so that prompts are cleaned alike"):
+        wanted_columns(unclean, None, store)
+    recipe = load_recipe("demo", row="aligned", overrides=[*toy_settings, *own, *told, "text_encoder.clean=true"])
+    again = prepare(recipe, store.path, options=INLINE)
+    assert (again.done, again.already) == (0, 40)
+    for name, made_by in wanted_columns(recipe, None, store).items():
+        if name.startswith("caption_features"):
+            store.require(name, made_by)
+            assert made_by["imported"] == "LlamaGen caption features"

@@ -286,7 +286,9 @@ def test_hostile_conversations(tmp_path: Path, recipe_for: Callable[..., Recipe]
     check_fates(made, prepare(recipe, tmp_path / "store", options=INLINE).checked())
 
 
-@pytest.mark.parametrize("crop", ["{kind: center}", "{kind: ten_crop, range: 1.25}"])
+@pytest.mark.parametrize(
+    "crop", ["{kind: center}", "{kind: ten_crop, range: 1.25}", "{kind: ten_crop, range: [1.25, 1.1]}"]
+)
 def test_online_gives_the_numbers_of_the_store(
     tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], crop: str
 ) -> None:

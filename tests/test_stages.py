@@ -17,10 +17,11 @@ from arra.errors import ArraError
 from arra.evaluate.card import Evaluation
 from arra.runs import Run, file_hash
 from arra.stages.evaluate import evaluate
-from arra.stages.paint import load_run, paint_prompts, parse_seeds, read_prompts
+from arra.stages.paint import load_run, paint_prompts, parse_seeds
 from arra.stages.prepare import PrepareOptions, prepare
 from arra.stages.report import report
 from arra.stages.train import train
+from arra.stages.wishes import read_prompts
 from arra.train.interrupt import TrainingInterrupted
 from arra.train.loop import Trainer
 

@@ -1,6 +1,6 @@
 """Batches for training: which pictures, in which order, with which condition, are functions of (seed, step) alone.
 
-Legend: B batch, C prefix positions, P image positions, T = C + P, F feature, N records of the split.
+Legend: B batch, C prefix positions, P image positions, T = C + P, F feature, E caption feature, N records of the split.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from arra.data.layout import text_prefix
+from arra.data.conditions import Conditions, Prefix, text_prefixes
 from arra.data.order import Plan, mix, part_of
 
 NOTHING = -100
@@ -29,10 +29,16 @@ class TrainBatch:
     labels: Int[Tensor, "B T"]
     """The token itself where it is a code, -100 elsewhere."""
     code_mask: Bool[Tensor, "B T"]
-    prefix_mask: Bool[Tensor, "B C"]
+    prefix_mask: Bool[Tensor, "B C"] | None
     features: Float[Tensor, "B F"] | None = None
     rows: Int[Tensor, " B"] | None = None
     """Which record each row is."""
+    caption: Float[Tensor, "B C E"] | None = None
+    null_caption: Bool[Tensor, " B"] | None = None
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        """What the model is told beside the tokens, by the names of its keyword arguments."""
+        return {"prefix_mask": self.prefix_mask, "caption": self.caption, "null_caption": self.null_caption}
 
     @property
     def predicting(self) -> Bool[Tensor, "B S"]:
@@ -48,19 +54,30 @@ def text_batch(
     features: Float[Tensor, "B F"] | None = None,
     rows: Int[Tensor, " B"] | None = None,
 ) -> TrainBatch:
-    """A batch from prompt ids and codes, laid out as sampling does it."""
-    written = [text_prefix(ids, prefix_length) for ids in prompts]
-    prefix = torch.tensor([tokens for tokens, _ in written], dtype=torch.int64).view(-1, prefix_length)
-    tokens = torch.cat([prefix, codes], 1)
+    """A batch from prompt ids and codes."""
+    return make_batch(text_prefixes(prompts, prefix_length), codes, features=features, rows=rows)
+
+
+def make_batch(
+    prefix: Prefix,
+    codes: Int[Tensor, "B P"],
+    *,
+    features: Float[Tensor, "B F"] | None = None,
+    rows: Int[Tensor, " B"] | None = None,
+) -> TrainBatch:
+    """A batch from prefixes and codes, laid out as sampling does it."""
+    tokens = torch.cat([prefix.tokens, codes], 1)
     code_mask = torch.zeros_like(tokens, dtype=torch.bool)
-    code_mask[:, prefix_length:] = True
+    code_mask[:, prefix.tokens.shape[1] :] = True
     return TrainBatch(
         tokens=tokens,
         labels=torch.where(code_mask, tokens, NOTHING),
         code_mask=code_mask,
-        prefix_mask=torch.tensor([mask for _, mask in written], dtype=torch.bool).view(-1, prefix_length),
+        prefix_mask=prefix.mask,
         features=features,
         rows=rows,
+        caption=prefix.caption,
+        null_caption=prefix.null_caption,
     )
 
 
@@ -107,18 +124,10 @@ class Batches:
     A batch is the same whoever asks for it: a rank takes its part of it, a resumed run asks for the next step.
     """
 
-    captions: Sequence[Sequence[Sequence[int]]]
-    """For each record the ids of its prompt, then of its alternatives."""
+    conditions: Conditions
     pictures: Pictures
-    prefix_length: int
     batch_size: int
-    condition_dropout: float
-    """Share of rows whose prompt is replaced by the empty one, so that guidance has its unconditional model."""
-    alternative_share: float
-    """Share of rows that use one of the record's alternative texts, where it has any."""
     seed: int
-    word_dropout: float = 0.0
-    """Share of a prompt's ids left out, each on its own, so that a model cannot learn captions as a whole by heart."""
     counts: tuple[int, ...] | None = None
     """Records of each source, in order; null is one source."""
     weights: tuple[float, ...] | None = None
@@ -154,14 +163,18 @@ class Batches:
     def batch(self, step: int, *, rank: int = 0, num_ranks: int = 1) -> TrainBatch:
         """A rank's part of the batch of a step, counted from 0."""
         rows, chance = self._picked(step)
-        prompts = self._prompts(step, rows)
+        # drawn whole, even where nothing is replaced: neither ranks nor settings shift each other's randomness
+        dropped = torch.rand(len(rows), 3, generator=generator(self.seed, "condition", step))
+        kept = torch.rand(len(rows), self.conditions.length, generator=generator(self.seed, "words", step))
         part = part_of(rows.numpy(), rank, num_ranks)
+        prefix = self.conditions.take(rows[part], dropped[part], kept[part])
         codes, features = self.pictures.take(rows[part], chance[part])
         for ahead in self.ahead:
             next_rows, next_chance = self._picked(step + ahead)
             part_next = part_of(next_rows.numpy(), rank, num_ranks)
             self.pictures.expect(next_rows[part_next], next_chance[part_next])
-        return text_batch(prompts[part], codes, prefix_length=self.prefix_length, features=features, rows=rows[part])
+            self.conditions.expect(next_rows[part_next])
+        return make_batch(prefix, codes, features=features, rows=rows[part])
 
     @cached_property
     def _picked(self) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -172,25 +185,25 @@ class Batches:
         rows = torch.from_numpy(self.plan.batch(step))
         return rows, torch.rand(len(rows), 4, generator=generator(self.seed, "picture", step))
 
-    def _prompts(self, step: int, rows: Tensor) -> list[Sequence[int]]:
-        # drawn whole even where nothing is replaced, so settings do not shift each other's randomness
-        chance = torch.rand(len(rows), 3, generator=generator(self.seed, "condition", step))
-        prompts = [self._prompt(int(row), *draws.tolist()) for row, draws in zip(rows, chance, strict=True)]
-        kept = torch.rand(len(rows), self.prefix_length, generator=generator(self.seed, "words", step))
-        if self.word_dropout:
-            prompts = [
-                [each for each, share in zip(ids, shares, strict=False) if share >= self.word_dropout]
-                for ids, shares in zip(prompts, kept.tolist(), strict=True)
-            ]
-        return prompts
 
-    def _prompt(self, row: int, drop: float, replace: float, which: float) -> Sequence[int]:
-        own, *others = self.captions[row]
-        if drop < self.condition_dropout:
-            return ()
-        if others and replace < self.alternative_share:
-            return others[int(which * len(others))]
-        return own
+@dataclass(frozen=True)
+class HeldOutBatches(Sequence[TrainBatch]):
+    """Validation batches: every record once, in order, with its own condition; made when they are asked for."""
+
+    conditions: Conditions
+    codes: Int[Tensor, "N P"]
+    batch_size: int = 64
+
+    def __len__(self) -> int:
+        return max(1, len(self.codes) // self.batch_size)
+
+    def __getitem__(self, number: int) -> TrainBatch:  # type: ignore[override]
+        if not 0 <= number < len(self):
+            raise IndexError(number)  # what ends a loop over it
+        rows = torch.from_numpy(np.array_split(np.arange(len(self.codes)), len(self))[number])
+        whole = torch.ones(len(rows), max(3, self.conditions.length))
+        prefix = self.conditions.take(rows, whole[:, :3], whole[:, : self.conditions.length])
+        return make_batch(prefix, self.codes[rows], rows=rows)
 
 
 def generator(seed: int, purpose: str, index: int) -> torch.Generator:

@@ -9,7 +9,7 @@ Legend: V views, H W pixels.
 
 import math
 from dataclasses import astuple, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -28,6 +28,7 @@ OWN_FIELDS = {
     "max_ratio": "buckets",
 }
 """Fields that one kind alone reads, and that kind."""
+CropRange = Annotated[float, Field(ge=1, le=4)]
 
 
 class CropSettings(Settings):
@@ -36,8 +37,9 @@ class CropSettings(Settings):
     kind: Literal["center", "flip", "ten_crop", "random", "buckets"] = "center"
     """The middle square; it and its mirror image; corners and middle, mirrored too (LlamaGen); another square each
     time (ADM, for online use); the middle at nearly the picture's own aspect ratio (Lumina)."""
-    range: float = Field(1.0, ge=1, le=4)
-    """Ten-crop: the middle square is brought to `range` times the size first; LlamaGen takes 1.1 and 1.05."""
+    range: CropRange | Annotated[tuple[CropRange, ...], Field(min_length=1, max_length=8)] = 1.0
+    """Ten-crop: the middle square is brought to `range` times the size first. A list gives ten crops of each, chosen
+    equally often; LlamaGen's published models were trained on [1.1, 1.05]."""
     min_fraction: float = Field(0.8, ge=0.1, le=1)
     """Random: least share of the short side that a crop shows; the greatest is 1."""
     flip_share: float = Field(0.5, ge=0, le=1)
@@ -55,7 +57,14 @@ class CropSettings(Settings):
         for name, kind in OWN_FIELDS.items():
             if kind != self.kind and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"'{name}' belongs to 'kind: {kind}', the kind is '{self.kind}'; remove it")
+        if len(set(self.ranges)) < len(self.ranges):
+            raise ValueError(f"'range' names {', '.join(map(_short, self.ranges))}; name each number once")
         return self
+
+    @property
+    def ranges(self) -> tuple[float, ...]:
+        """Ten-crop: the numbers of `range`, also where there is one."""
+        return self.range if isinstance(self.range, tuple) else (self.range,)
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ def describe(settings: CropSettings, size: int, *, at: int | None = None) -> str
         center = f"center_crop({size if at is None else at}{grey})"
         return center if settings.kind == "center" else f"flip({center})"
     own = {
-        "ten_crop": f"range={_short(settings.range)}",
+        "ten_crop": f"range={'+'.join(map(_short, settings.ranges))}",
         "random": f"fraction={_short(settings.min_fraction)}..1, flip={_short(settings.flip_share)}",
         "buckets": f"patch={settings.patch}, ratio<={_short(settings.max_ratio)}",
     }[settings.kind]
@@ -141,8 +150,8 @@ class Crop:
 
     @property
     def num_variants(self) -> int:
-        """Views of one picture: 10 of a ten-crop, 2 with the mirror image, else 1."""
-        return {"flip": 2, "ten_crop": 10}.get(self.settings.kind, 1)
+        """Views of one picture: 10 of a ten-crop for each of its ranges, 2 with the mirror image, else 1."""
+        return {"flip": 2, "ten_crop": 10 * len(self.settings.ranges)}.get(self.settings.kind, 1)
 
     def sides(self, width: int, height: int, *, size: int | None = None) -> tuple[int, int]:
         """(width, height) of the views of a picture of `width` x `height` pixels.
@@ -160,7 +169,8 @@ class Crop:
         """The views of an RGB picture, in this order:
 
         - flip: the middle square, its mirror image;
-        - ten_crop: top left, top right, bottom left, bottom right, middle, then the same five of the mirror image;
+        - ten_crop: top left, top right, bottom left, bottom right, middle, then the same five of the mirror image; all
+          ten of the first range, then those of the next;
         - else one view; `random` alone needs a `draw` and alone heeds it.
 
         Height and width are those of `sides`: `size` both, or the picture's bucket. At another `size` than the crop's
@@ -172,7 +182,7 @@ class Crop:
         width, height = self.sides(*image.size, size=size)
         kind = self.settings.kind
         if kind == "ten_crop":
-            return self._ten(image, width)
+            return np.concatenate([self._ten(image, width, each) for each in self.settings.ranges])
         if kind == "random":
             if draw is None:
                 raise ValueError("a random crop needs a draw")
@@ -180,8 +190,8 @@ class Crop:
         view = middle(image, width=width, height=height)
         return np.stack([view, view[:, ::-1]] if kind == "flip" else [view])
 
-    def _ten(self, image: Image.Image, side: int) -> UInt8[np.ndarray, "10 side side 3"]:
-        whole = center_crop(image, round(int(self.size * self.settings.range) * side / self.size))
+    def _ten(self, image: Image.Image, side: int, zoom: float) -> UInt8[np.ndarray, "10 side side 3"]:
+        whole = center_crop(image, round(int(self.size * zoom) * side / self.size))
         far = whole.shape[0] - side
         half = round(far / 2)  # a half goes to the even number, as in torchvision
         corners = [(0, 0), (0, far), (far, 0), (far, far), (half, half)]

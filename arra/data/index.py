@@ -194,7 +194,7 @@ class _Scan:
 
     def _row(self, number: int, record: Record) -> dict[str, Any]:
         if not record.split:
-            self.keys.append(_split_key(record.prompt, record.id))
+            self.keys.append(self._split_key(record.prompt, record.id, record.label))
         return {
             "id": record.id,
             "prompt": record.prompt,
@@ -215,7 +215,7 @@ class _Scan:
         for rows in self._regrouped(shard_records):
             for row in rows:
                 if not row["split"] and choose is not None:
-                    row["split"] = choose(_split_key(row["prompt"], row["id"]))
+                    row["split"] = choose(self._split_key(row["prompt"], row["id"], row["label"]))
                 splits[row["split"]] += 1
                 own = [row[key] for key in ("id", "prompt", "split", "group", "label", "alternatives")]
                 digest.update(json.dumps(own).encode())
@@ -235,6 +235,13 @@ class _Scan:
             "shards": shards,
         }
 
+    def _split_key(self, prompt: str, record_id: str, label: int | None) -> int:
+        """Equal captions have equal keys, so they never straddle a split; pictures with a class alone go by their ids,
+        else whole classes would be held out."""
+        named = label is not None and label < len(self.classes) and prompt == self.classes[label]
+        text = "" if named else " ".join(prompt.lower().split())
+        return int.from_bytes(hashlib.sha256((text or record_id).encode()).digest()[:8], "big")
+
     def _regrouped(self, size: int) -> Iterator[list[dict[str, Any]]]:
         rows: list[dict[str, Any]] = []
         with pa.OSFile(str(self.part / "scan.arrow"), "rb") as file, pa.ipc.open_stream(file) as reader:
@@ -250,12 +257,6 @@ class _Scan:
 def _from_anywhere(ref: ImageRef) -> ImageRef:
     """The reference with a path that does not depend on the working folder."""
     return replace(ref, path=os.path.abspath(ref.path)) if ref.kind in ("file", "slice", "parquet") else ref
-
-
-def _split_key(prompt: str, record_id: str) -> int:
-    """Equal captions have equal keys, so they never straddle a split; pictures with a class alone go by their ids."""
-    text = " ".join(prompt.lower().split()) or record_id
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _split_chooser(keys: np.ndarray) -> Callable[[int], str]:

@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tokenize import TokenError
 from typing import Annotated, Literal
@@ -47,14 +47,18 @@ class LlamaGenListSource(Source):
     """Folder that must hold the pictures; null takes the folder of the lists."""
     caption_features: str | None = None
     """Folder of T5 features, `{list}/{line}.npy`, float32 (1, up to 120, 2048); made from the same caption."""
+    short_caption_features: str | None = None
+    """The same of short captions, which LlamaGen takes for 30 % of the pictures."""
 
     def scan(self) -> Iterator[Found]:
         lists = self._lists()
         root = Path(self.image_root) if self.image_root is not None else lists[0].parent
         if not root.is_dir():
             raise ArraError(f"{self.path}: image_root {root} is no folder; name the folder that holds the pictures")
-        if self.caption_features is not None and not Path(self.caption_features).is_dir():
-            raise ArraError(f"{self.path}: caption_features {self.caption_features} is no folder; expected T5 features")
+        for name in ("caption_features", "short_caption_features"):
+            folder = getattr(self, name)
+            if folder is not None and not Path(folder).is_dir():
+                raise ArraError(f"{self.path}: {name} {folder} is no folder; expected T5 features")
         for path in lists:
             try:
                 for number, line in read_lines(path):
@@ -62,15 +66,17 @@ class LlamaGenListSource(Source):
             except OSError as error:
                 yield Failure(str(path), str(path), f"cannot be read ({error.strerror})")
 
-    def caption_feature_path(self, record_id: str) -> Path:
-        """Where the T5 features of a record's caption lie.
+    def caption_feature_path(self, record_id: str, *, short: bool = False) -> Path:
+        """Where the T5 features of a record's caption, or of its short one, lie.
 
         Raises:
-            ArraError: `caption_features` is not set.
+            ArraError: the folder is not set.
         """
-        if self.caption_features is None:
-            raise ArraError(f"{self.path}: caption_features is not set; name the folder of T5 features")
-        return Path(self.caption_features) / f"{record_id}.npy"
+        name = "short_caption_features" if short else "caption_features"
+        folder = getattr(self, name)
+        if folder is None:
+            raise ArraError(f"{self.path}: {name} is not set; name the folder of T5 features")
+        return Path(folder) / f"{record_id}.npy"
 
     def _lists(self) -> list[Path]:
         path = Path(self.path)
@@ -115,6 +121,9 @@ class LlamaGenCodesSource(Source):
     kind: Literal["llamagen-codes"] = "llamagen-codes"
     path: str
     """The code folder, as `imagenet256_codes`; integers (1, V, L) or (1, L)."""
+    second: str | None = None
+    """The code folder of the same pictures at the second of two crop ranges; null takes the folder beside, as LlamaGen
+    names it: `..._ten_crop_105/imagenet256_codes` for `..._ten_crop/imagenet256_codes`."""
     labels: str | None = None
     """The label folder, integers (1,); null takes the code folder's name with `_labels` in place of `_codes`."""
     num_classes: int = Field(1000, gt=0)
@@ -147,13 +156,38 @@ class LlamaGenCodesSource(Source):
         """The numbers of the classes: code folders hold no names."""
         return tuple(str(label) for label in range(self.num_classes))
 
-    def read_codes(self, record_id: str) -> Int32[np.ndarray, "V L"]:
-        """The codes of all variants of a picture.
+    def folders(self, ranges: Sequence[float]) -> tuple[Path, ...]:
+        """The code folder of each range of a ten-crop.
+
+        Raises:
+            ArraError: there is none for one of them, or one too many is named.
+        """
+        first = Path(self.path)
+        if len(ranges) == 1:
+            if self.second is not None:
+                raise ArraError(
+                    f"{first}: 'second' names a second code folder, data.crop.range has one number; set [1.1, 1.05]"
+                )
+            return (first,)
+        if len(ranges) > 2:
+            raise ArraError(f"{first}: data.crop.range has {len(ranges)} numbers, code folders are of one or two")
+        if self.second is None and ranges[1] != 1.05:
+            raise ArraError(
+                f"{first}: LlamaGen's second code folder is of range 1.05, data.crop.range says {ranges[1]:g}; name "
+                "the folder of that range as 'second'"
+            )
+        second = self._beside() if self.second is None else Path(self.second)
+        if not second.is_dir():
+            raise ArraError(f"{first}: no folder {second}, for the codes of range {ranges[1]:g}; name it as 'second'")
+        return first, second
+
+    def read_codes(self, record_id: str, *, folder: Path | None = None) -> Int32[np.ndarray, "V L"]:
+        """The codes of all variants of a picture, from the source's own folder or another one like it.
 
         Raises:
             ValueError: no such file, no integers, another shape, or codes out of range; one line that says which.
         """
-        path = inside(Path(self.path), f"{record_id}.npy")
+        path = inside(folder or Path(self.path), f"{record_id}.npy")
         codes = _read_integers(path)
         shape, codes = codes.shape, codes[0] if codes.ndim == 3 and len(codes) == 1 else codes
         if codes.ndim != 2 or codes.size == 0 or (len(shape) == 2 and len(codes) != 1):
@@ -180,6 +214,16 @@ class LlamaGenCodesSource(Source):
         except ValueError as error:
             return Failure(name, where, str(error))
         return Record(id=name, image=None, label=int(label[0]), where=where)
+
+    def _beside(self) -> Path:
+        """Where LlamaGen looks for the codes of the other range: the last folder above that ends in `ten_crop`."""
+        parts = list(Path(self.path).absolute().parts)
+        for place in range(len(parts) - 2, 0, -1):
+            if parts[place].endswith("ten_crop"):
+                return Path(*parts[:place], f"{parts[place]}_105", *parts[place + 1 :])
+        raise ArraError(
+            f"{self.path}: no folder above it ends in ten_crop, so none of range 1.05 lies beside; name it as 'second'"
+        )
 
     def _gap(self, first: int, last: int) -> Skipped:
         numbers = f"{first}" if first == last else f"{first} to {last}"

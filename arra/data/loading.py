@@ -67,6 +67,8 @@ class Loaded:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """Width and height, upright, before the crop."""
     failures: list[Failure] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    """Where captions are loaded in place of pictures."""
 
     def extend(self, other: "Loaded") -> None:
         """Nothing; a later part of the task is taken over."""
@@ -77,6 +79,7 @@ class Loaded:
         self.digests += other.digests
         self.sizes += other.sizes
         self.failures += other.failures
+        self.captions += other.captions
 
 
 def picture_digest(content: bytes) -> bytes:

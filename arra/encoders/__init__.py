@@ -1,4 +1,4 @@
-"""Networks that give vectors, frozen: the teachers of alignment and the judges of evaluation."""
+"""Networks that give vectors, frozen: teachers of alignment, judges of evaluation, readers of captions."""
 
 from pathlib import Path
 
@@ -6,9 +6,35 @@ import torch
 
 from arra.encoders.base import Encoder, EncoderSpec
 from arra.encoders.efficientnet_lite import SPECS, load_efficientnet_lite
+from arra.encoders.text import (
+    TEXT_SPECS,
+    CaptionFeatures,
+    TextEncoder,
+    TextEncoderSpec,
+    load_text_encoder,
+    text_encoder_hash,
+    text_encoder_spec,
+)
+from arra.encoders.text_cleaning import caption_text, clean_caption, first_sentence
 from arra.errors import ArraError
 
-__all__ = ["SPECS", "Encoder", "EncoderSpec", "encoder_spec", "load_encoder"]
+__all__ = [
+    "SPECS",
+    "TEXT_SPECS",
+    "CaptionFeatures",
+    "Encoder",
+    "EncoderSpec",
+    "TextEncoder",
+    "TextEncoderSpec",
+    "caption_text",
+    "clean_caption",
+    "encoder_spec",
+    "first_sentence",
+    "load_encoder",
+    "load_text_encoder",
+    "text_encoder_hash",
+    "text_encoder_spec",
+]
 
 
 def encoder_spec(name: str) -> EncoderSpec:

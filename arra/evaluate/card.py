@@ -43,6 +43,7 @@ ProtocolValue = str | int | float | bool | None
 METRICS: Mapping[str, tuple[Better, str]] = {
     "nll": ("lower", "nats/token"),
     "caption_gain": ("higher", "nats/token"),
+    "class_gain": ("higher", "nats/token"),
     "frechet": ("lower", "feature units"),
     "kid_x1000": ("lower", "x1000"),
     "psnr_db": ("higher", "dB"),

@@ -7,8 +7,9 @@ Legend: N pictures of a split, F judge features, h w code grid.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -17,8 +18,8 @@ from torch import Tensor
 from arra.encoders import Encoder
 from arra.encoders.dual import DualEncoder, picture_embeddings
 from arra.evaluate.card import Card, Evaluation, Result, measure, values_key
-from arra.evaluate.likelihood import likelihoods
-from arra.evaluate.retrieval import caption_ranks, retrieval_ranks
+from arra.evaluate.likelihood import Asked, likelihoods
+from arra.evaluate.retrieval import caption_ranks, class_ranks, retrieval_ranks
 from arra.evaluate.settings import EvaluateSettings
 from arra.models import Decoder
 from arra.sample.generate import generate
@@ -33,16 +34,30 @@ class HeldOutSplit:
 
     name: str
     prompts: list[str]
+    """What the model is asked for, in words: captions or names of classes."""
     codes: Int[Tensor, "N h w"]
     groups: Int[Tensor, " N"]
     reconstructions: UInt8[Tensor, "N H W 3"]
     reconstruction_features: Float[Tensor, "N F"]
-    raw: UInt8[Tensor, "N H W 3"]
-    """The pictures at the tokenizer's size."""
-    raw_features: Float[Tensor, "N F"]
+    raw: UInt8[Tensor, "N H W 3"] | None
+    """The pictures at the tokenizer's size; None where the store holds codes without pictures."""
+    raw_features: Float[Tensor, "N F"] | None
     """Of the pictures at the encoder's size."""
     captions: Float[Tensor, "N E"] | None = None
     """The caption judge's vectors of the prompts, where there is such a judge."""
+    labels: Int[Tensor, " N"] | None = None
+    """Classes, for models that are asked for classes."""
+    ask: Asked | None = None
+    """What the model is told of the pictures; None tells the prompts."""
+
+    def asked(self, places: Sequence[int]) -> dict[str, Any]:
+        """What the model is told of some pictures, as `generate` and `Decoder.logits` take it."""
+        return {"prompts": [self.prompts[place] for place in places]} if self.ask is None else self.ask(places)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether there are classes to tell apart."""
+        return self.labels is not None and len(self.labels.unique()) > 1
 
 
 def evaluate_model(
@@ -63,32 +78,30 @@ def evaluate_model(
     for split in splits:
         progress(f"{split.name}: likelihood")
         found = likelihoods(
-            model, split.codes.flatten(1), split.prompts, batch_size=settings.batch_size, seed=settings.seed
+            model,
+            split.codes.flatten(1),
+            split.asked,
+            labels=split.labels,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
         )
-        values |= _split_values(split) | {
-            values_key("nll", split=split.name): found.nll,
-            values_key("caption_gain", split=split.name): found.caption_gain,
-        }
+        values |= _split_values(split) | {values_key("nll", split=split.name): found.nll}
+        if found.gain is not None:
+            kind = "caption_gain" if split.labels is None else "class_gain"
+            values[values_key(kind, split=split.name)] = found.gain
         for scale in settings.cfg_scales:
-            progress(f"{split.name}: painting {len(split.prompts)} prompts, guidance {scale:g}")
-            result = generate(
-                model,
-                tokenizer,
-                prompts=split.prompts,
-                seeds=[settings.seed + i for i in range(len(split.prompts))],
-                cfg_scale=scale,
-                temperature=settings.temperature,
-                batch_size=settings.batch_size,
+            progress(f"{split.name}: painting {len(split.prompts)} pictures, guidance {scale:g}")
+            places = range(len(split.prompts))
+            images = paint_split(
+                model, tokenizer, split, settings, places, [settings.seed + i for i in places], cfg_scale=scale
             )
-            assert result.images is not None
             progress(f"{split.name}: judging, guidance {scale:g}")
-            features = encode_all(judge, result.images)
-            pictures[values_key("images", split=split.name, cfg_scale=scale)] = result.images
+            features = encode_all(judge, images)
+            pictures[values_key("images", split=split.name, cfg_scale=scale)] = images
             values[values_key("features", split=split.name, cfg_scale=scale)] = features
-            ranks = retrieval_ranks(features, split.reconstruction_features)
-            values[values_key("ranks", split=split.name, cfg_scale=scale)] = ranks
+            values |= _ranks(split, features, split.reconstruction_features, cfg_scale=scale)
             if caption_judge is not None and split.captions is not None:
-                seen = picture_embeddings(caption_judge, result.images)
+                seen = picture_embeddings(caption_judge, images)
                 ranks = caption_ranks(seen, split.captions)
                 values[values_key("caption_ranks", split=split.name, cfg_scale=scale)] = ranks
     progress("intervals")
@@ -97,9 +110,50 @@ def evaluate_model(
     return Evaluation(card=Card(run=run, protocol=protocol, results=tuple(rows)), values=values), pictures
 
 
+def paint_split(
+    model: Decoder,
+    tokenizer: ImageTokenizer,
+    split: HeldOutSplit,
+    settings: EvaluateSettings,
+    places: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    cfg_scale: float,
+) -> UInt8[Tensor, "N H W 3"]:
+    """Pictures of what some places of a split ask for, each with its seed; conditions are read batch by batch."""
+    parts = []
+    for start in range(0, len(places), settings.batch_size):
+        stop = start + settings.batch_size
+        result = generate(
+            model,
+            tokenizer,
+            seeds=seeds[start:stop],
+            cfg_scale=cfg_scale,
+            temperature=settings.temperature,
+            batch_size=settings.batch_size,
+            **split.asked(places[start:stop]),
+        )
+        assert result.images is not None
+        parts.append(result.images.cpu())
+    return torch.cat(parts)
+
+
 def encode_all(judge: Encoder, images: UInt8[Tensor, "N H W 3"], *, batch_size: int = 32) -> Float[Tensor, "N F"]:
     """The judge's features of all pictures."""
     return torch.cat([judge.encode(part) for part in images.split(batch_size)])
+
+
+def _ranks(
+    split: HeldOutSplit, features: Tensor, references: Tensor, *, cfg_scale: float | None = None
+) -> dict[str, Tensor]:
+    """Of models that are asked for captions, which reference is theirs; of classes, which class."""
+    if split.labels is None:
+        ranks = retrieval_ranks(features, references)
+        return {values_key("ranks", split=split.name, cfg_scale=cfg_scale): ranks}
+    if not split.has_classes:
+        return {}
+    ranks = class_ranks(features, references, split.labels)
+    return {values_key("class_ranks", split=split.name, cfg_scale=cfg_scale): ranks}
 
 
 def model_rows(values: Mapping[str, Tensor], split: str, settings: EvaluateSettings) -> Iterator[Result]:
@@ -109,31 +163,48 @@ def model_rows(values: Mapping[str, Tensor], split: str, settings: EvaluateSetti
         return _measured(values, settings, metric=metric, split=split, cfg_scale=cfg_scale, reference=reference)
 
     yield row("nll")
-    yield row("caption_gain")
+    for metric in ("caption_gain", "class_gain"):
+        if values_key(metric, split=split) in values:
+            yield row(metric)
     for scale in settings.cfg_scales:
-        for k in RECALL_AT:
-            yield row(f"retrieval_at_{k}", scale)
-            if values_key("caption_ranks", split=split, cfg_scale=scale) in values:
-                yield row(f"caption_retrieval_at_{k}", scale)
+        yield from (row(metric, scale) for metric in _retrievals(values, split, scale))
         for reference in ("reconstructions", "raw"):
-            yield row("frechet", scale, reference)
-            yield row("kid_x1000", scale, reference)
+            if values_key(f"reference/{reference}", split=split) in values:
+                yield row("frechet", scale, reference)
+                yield row("kid_x1000", scale, reference)
+
+
+def _retrievals(values: Mapping[str, Tensor], split: str, cfg_scale: float | None) -> Iterator[str]:
+    """The retrieval metrics whose ranks there are, in the order of a card."""
+
+    def has(name: str) -> bool:
+        return values_key(name, split=split, cfg_scale=cfg_scale) in values
+
+    for k in RECALL_AT:
+        if has("ranks"):
+            yield f"retrieval_at_{k}"
+        if has("caption_ranks"):
+            yield f"caption_retrieval_at_{k}"
+    if has("class_ranks"):
+        yield "class_retrieval_at_1"
 
 
 def ceiling(
     split: HeldOutSplit, settings: EvaluateSettings, caption_judge: DualEncoder | None = None
 ) -> Iterator[Result]:
     """What the tokenizer alone allows: PSNR of its reconstructions, and the distances and ranks they reach."""
+    if split.raw is None or split.raw_features is None:
+        return
     mse = (split.reconstructions.double() - split.raw.double()).div(255).square().mean((1, 2, 3)).clamp(min=1e-10)
     values = {
         values_key("psnr_db", split=split.name): (-10 * mse.log10()).float(),
         values_key("features", split=split.name): split.reconstruction_features,
-        values_key("ranks", split=split.name): retrieval_ranks(split.reconstruction_features, split.raw_features),
+        **_ranks(split, split.reconstruction_features, split.raw_features),
         values_key("reference/raw", split=split.name): split.raw_features,
         values_key("groups", split=split.name): split.groups,
     }
     measures: list[tuple[str, str | None]] = [("psnr_db", None), ("frechet", "raw"), ("kid_x1000", "raw")]
-    measures += [(f"retrieval_at_{k}", None) for k in RECALL_AT]
+    measures += [(metric, None) for metric in _retrievals(values, split.name, None)]
     if caption_judge is not None and split.captions is not None:
         ranks = caption_ranks(picture_embeddings(caption_judge, split.reconstructions), split.captions)
         values[values_key("caption_ranks", split=split.name)] = ranks
@@ -165,8 +236,10 @@ def _measured(
 
 
 def _split_values(split: HeldOutSplit) -> dict[str, Tensor]:
-    return {
+    values = {
         values_key("groups", split=split.name): split.groups,
         values_key("reference/reconstructions", split=split.name): split.reconstruction_features,
-        values_key("reference/raw", split=split.name): split.raw_features,
     }
+    if split.raw_features is not None:
+        values[values_key("reference/raw", split=split.name)] = split.raw_features
+    return values

@@ -39,6 +39,28 @@ def retrieval_ranks(queries: Float[Tensor, "N F"], gallery: Float[Tensor, "N F"]
     return nearer + (tied + 1) // 2
 
 
+def class_ranks(
+    pictures: Float[Tensor, "N F"], references: Float[Tensor, "N F"], labels: Int[Tensor, "N"]
+) -> Int[Tensor, "N"]:
+    """How many other classes come before a picture's own, by centred cosine with the mean of each class's references.
+
+    Raises: ArraError when there is one class alone.
+    """
+    classes, places = labels.unique(return_inverse=True)
+    if len(classes) < 2:
+        raise ArraError("class retrieval needs pictures of at least 2 classes; evaluate on more")
+    sums = torch.zeros(len(classes), references.shape[1], dtype=torch.float64).index_add_(
+        0, places, references.double()
+    )
+    means = sums / torch.bincount(places, minlength=len(classes))[:, None]
+    center = means.mean(0)
+    smallest = 1e-6 * (means - center).norm(dim=1).max()  # features are float32: below it there is no direction
+    cosines = _unit(pictures.double() - center, smallest) @ _unit(means - center, smallest).T
+    own = cosines.gather(1, places[:, None])
+    # a picture that says nothing is as near to all: its own class comes last
+    return (cosines >= own - _TIE).sum(1) - 1
+
+
 def caption_ranks(pictures: Float[Tensor, "N E"], captions: Float[Tensor, "N E"]) -> Int[Tensor, "N"]:
     """For each picture how many other captions fit it at least as well as its own, by the product of unit vectors.
 

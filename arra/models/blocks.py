@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from arra.models import lean
 from arra.models.cache import KVCache
 from arra.models.settings import DecoderSettings
 
@@ -99,6 +100,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any D"]:
         """The normalised input in its own dtype."""
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         wide = x.float()
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return scaled.type_as(x) * self.weight
@@ -112,17 +115,24 @@ class Attention(nn.Module):
         self.num_heads, self.kv_heads, self.head_dim = settings.num_heads, settings.kv_heads, settings.head_dim
         self.wqkv = nn.Linear(settings.hidden_size, (self.num_heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.wo = nn.Linear(settings.hidden_size, settings.hidden_size, bias=False)
-        self.resid_dropout = nn.Dropout(settings.resid_dropout)
+        self.attn_dropout = settings.attn_dropout
 
     def forward(
-        self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, start: int
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        table: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        start: int,
     ) -> Tensor:
-        """(B, S, D) attended."""
-        batch, length, width = x.shape
-        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2 Hkv, E)
-        query, key, value = heads.split([self.num_heads, self.kv_heads, self.kv_heads], dim=2)
-        query = apply_rotary(query, table).transpose(1, 2)  # (B, H, S, E)
-        key, value = apply_rotary(key, table).transpose(1, 2), value.transpose(1, 2)
+        """(B, S, D): what attention to the normed stream adds to it."""
+        if lean.usable(x, self.wqkv):
+            heads = lean.norm_linear(x.flatten(0, 1), norm.weight, self.wqkv.weight, norm.eps)
+        else:
+            heads = lean.linear(norm(x).flatten(0, 1), self.wqkv)
+        query, key, value = self._turned(heads.view(*x.shape[:2], -1, self.head_dim), table)
         if cache is not None:
             key, value = cache.write(layer, start, key, value)
         attended = F.scaled_dot_product_attention(
@@ -130,10 +140,21 @@ class Attention(nn.Module):
             key,
             value,
             attn_mask=mask,
-            is_causal=mask is None and length > 1,
+            is_causal=mask is None and x.shape[1] > 1,
+            dropout_p=self.attn_dropout if self.training else 0.0,
             enable_gqa=self.kv_heads != self.num_heads,
         )
-        return self.resid_dropout(self.wo(attended.transpose(1, 2).reshape(batch, length, width)))
+        return lean.linear(attended.transpose(1, 2).flatten(2), self.wo)
+
+    def _turned(self, heads: Float[Tensor, "B S H E"], table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, S, E), the first two turned by the rotary table."""
+        turning, kinds = self.num_heads + self.kv_heads, [self.num_heads, self.kv_heads, self.kv_heads]
+        if lean.usable(heads, self.wqkv) or (heads.dtype == torch.float32 and not torch.is_grad_enabled()):
+            heads = lean.rotate_heads(heads, table, turning)
+        else:
+            heads = torch.cat([apply_rotary(heads[:, :, :turning], table), heads[:, :, turning:]], dim=2)
+        query, key, value = heads.transpose(1, 2).split(kinds, dim=1)
+        return query, key, value
 
 
 class FeedForward(nn.Module):
@@ -144,29 +165,45 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(settings.hidden_size, settings.ffn_width, bias=False)
         self.w3 = nn.Linear(settings.hidden_size, settings.ffn_width, bias=False)
         self.w2 = nn.Linear(settings.ffn_width, settings.hidden_size, bias=False)
-        self.ffn_dropout = nn.Dropout(settings.ffn_dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, S, D) transformed position by position."""
-        return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """(B, S, D): what the feed-forward of the normed stream adds to it."""
+        if lean.usable(x, self.w1, self.w3, self.w2):
+            added = lean.norm_swiglu(
+                x.flatten(0, 1), norm.weight, self.w1.weight, self.w3.weight, self.w2.weight, norm.eps
+            )
+            return added.view_as(x)
+        normed = norm(x)
+        return lean.linear(F.silu(lean.linear(normed, self.w1)) * lean.linear(normed, self.w3), self.w2)
 
 
 class Block(nn.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, settings: DecoderSettings) -> None:
+    def __init__(self, settings: DecoderSettings, *, drop_path: float = 0.0) -> None:
         super().__init__()
         self.attention = Attention(settings)
         self.feed_forward = FeedForward(settings)
         self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_eps)
         self.ffn_norm = RMSNorm(settings.hidden_size, settings.norm_eps)
+        self.resid_dropout, self.ffn_dropout, self.drop_path = settings.resid_dropout, settings.ffn_dropout, drop_path
 
     def forward(
         self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, start: int
     ) -> Tensor:
         """(B, S, D): the residual stream after this block."""
-        x = x + self.attention(self.attention_norm(x), table, mask, cache, layer, start)
-        return x + self.feed_forward(self.ffn_norm(x))
+        added = self.attention(x, self.attention_norm, table, mask, cache, layer, start)
+        x = self._joined(x, added, self.resid_dropout)
+        return self._joined(x, self.feed_forward(x, self.ffn_norm), self.ffn_dropout)
+
+    def _joined(self, x: Tensor, added: Tensor, dropout: float) -> Tensor:
+        if not self.training:
+            return x + added
+        if self.drop_path:
+            added = F.dropout(added, dropout)
+            kept = torch.empty(len(x), 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - self.drop_path)
+            return x + added * (kept / (1 - self.drop_path))
+        return lean.drop_add(x, added, dropout) if lean.usable(x) else x + F.dropout(added, dropout)
 
 
 class CaptionProjection(nn.Module):

@@ -10,7 +10,7 @@ Source: FoundationVision/LlamaGen, autoregressive/models/gpt.py (behaviour match
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from arra.data.layout import text_prefix
 from arra.errors import ArraError
+from arra.models import lean
 from arra.models.blocks import EMBEDDINGS, Block, RMSNorm, Rotary, attention_mask
 from arra.models.cache import KVCache
+from arra.models.hub import DecoderFromHub
 from arra.models.settings import DecoderSettings
 
 __all__ = ["Condition", "Decoder", "DecoderSettings", "ModelOutput", "TextTokenizer", "left_padded"]
@@ -80,17 +82,19 @@ class ModelOutput(NamedTuple):
     """Layer -> (B, S, D): 0 = embeddings, k = residual stream after the k-th block, before the final norm."""
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, DecoderFromHub):
     """A transformer that predicts image codes from left to right, top to bottom, after a condition."""
 
     def __init__(self, settings: DecoderSettings) -> None:
         super().__init__()
         self.settings = settings
         self.text_tokenizer: TextTokenizer | None = None
+        self.about: dict[str, Any] = {}  # free facts that model.json keeps: origin of the weights, text encoder
         self.cls_embedding: nn.Module = EMBEDDINGS[settings.condition](settings)
         self.tok_embeddings = nn.Embedding(settings.num_codes, settings.hidden_size)
         self.tok_dropout = nn.Dropout(settings.token_dropout)
-        self.layers = nn.ModuleList(Block(settings) for _ in range(settings.num_layers))
+        chances = torch.linspace(0, settings.drop_path, settings.num_layers, device="cpu").tolist()
+        self.layers = nn.ModuleList(Block(settings, drop_path=chance) for chance in chances)
         self.norm = RMSNorm(settings.hidden_size, settings.norm_eps)
         self.output = nn.Linear(settings.hidden_size, settings.num_codes, bias=False)
         self.rotary = Rotary(settings)
@@ -160,7 +164,7 @@ class Decoder(nn.Module):
 
     def head(self, hidden: Float[Tensor, "*any D"]) -> Float[Tensor, "*any K"]:
         """Logits over the codes in float32, from states after the final norm."""
-        return self.output(hidden).float()
+        return lean.linear(hidden, self.output).float()
 
     def logits(
         self,

@@ -39,6 +39,10 @@ _METRICS: dict[str, tuple[str, str]] = {
         "Caption gain",
         "How much worse the codes are predicted with another picture's caption. Higher: the model reads its caption.",
     ),
+    "class_gain": (
+        "Class gain",
+        "How much worse the codes are predicted with another class. Higher: the model heeds its class.",
+    ),
     "frechet": (
         "Fréchet distance",
         "Distance between Gaussians fitted to the features of generated and of reference pictures. Lower is better.",
@@ -64,13 +68,20 @@ _METRICS: dict[str, tuple[str, str]] = {
         "Share of generated pictures whose own caption the caption judge ranks among the first ten: a small encoder of "
         "captions and pictures trained from nothing on the training split alone. Higher is better.",
     ),
+    "class_retrieval_at_1": (
+        "Class retrieval, first",
+        "Share of generated pictures that are nearest to the mean of their own class's references. Higher is better.",
+    ),
     "psnr_db": ("PSNR", "Likeness of a picture to itself after the tokenizer, in decibels. Higher is better."),
 }
 _SPLITS = {
     "composed": "Every word was seen in training, this combination was not.",
     "novel": "The concept itself was not seen in training.",
 }
-_HEADLINE_METRICS = ("caption_gain", "caption_retrieval_at_1", "retrieval_at_10", "frechet", "kid_x1000")
+_HEADLINE_METRICS = (
+    "caption_gain", "class_gain", "caption_retrieval_at_1", "class_retrieval_at_1", "retrieval_at_10", "frechet",
+    "kid_x1000",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ from torch import Tensor
 from arra.errors import ArraError
 from arra.models.cache import KVCache
 from arra.models.decoder import Condition, Decoder
+from arra.models.products import packed_weights
 from arra.sample.logits import SamplingSettings, draw_keys, guide, pick
 
-# Matrix products of fewer rows take other kernels on a CPU and round differently; from four rows on, a row's result
-# was the same bits at any number of rows (one thread).
 MIN_ROWS = 4
+"""Rows a batch is padded to: with fewer, a CPU's matrix products round differently, and are no faster."""
 
 
 @runtime_checkable
@@ -87,7 +87,7 @@ def generate(
         top_p=top_p,
         min_p=min_p,
     )
-    with _evaluating(model), torch.no_grad():
+    with _evaluating(model), packed_weights(model), torch.no_grad():
         conditions = model.condition(prompts=prompts, labels=labels, captions=captions)
         rows, image_seeds = pair(len(conditions), seeds)
         forced = _forced_codes(model, prefix_codes, len(rows))

@@ -17,19 +17,22 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from arra.config import Recipe
+from arra.data.conditions import ClassConditions
+from arra.data.store import Store
 from arra.distributed import set_threads
 from arra.encoders import encoder_spec, load_encoder
 from arra.encoders.dual import DualEncoder, load_dual_encoder, padded_ids, save_dual_encoder
 from arra.errors import ArraError
 from arra.evaluate.card import Evaluation, ProtocolValue, values_key
-from arra.evaluate.evaluation import HeldOutSplit, encode_all, evaluate_model
+from arra.evaluate.evaluation import HeldOutSplit, encode_all, evaluate_model, paint_split
 from arra.runs import atomic_write, file_hash
-from arra.sample.generate import generate
-from arra.stages.captions import StoreCaptions
-from arra.stages.makers import wanted_columns
+from arra.stages.captions import Encodes, StoreCaptions, store_text_tokenizer
+from arra.stages.conditions import asked_of, class_names, open_conditions
+from arra.stages.makers import CODES
 from arra.stages.origin import judged_columns, noted
 from arra.stages.paint import LoadedRun, load_run
-from arra.stages.pictures import held_out_codes, held_out_pixels
+from arra.stages.pictures import held_out_codes, held_out_pixels, is_imported, require_columns
 from arra.stages.process import Progress, silent
 from arra.stages.tokenizer import center_pictures
 from arra.train.dual import train_dual_encoder
@@ -40,9 +43,9 @@ PICTURES_FILE = "samples/evaluation.safetensors"
 def prepare_caption_judge(loaded: LoadedRun, *, progress: Progress = silent) -> tuple[DualEncoder, str] | None:
     """The second judge and its weights' hash, trained into the store if it is not there; None if the recipe has none.
 
-    It reads captions with the run's text tokenizer, which is the same for all runs of a store.
+    It reads captions with the store's text tokenizer, which is that of all text models trained on it.
     """
-    settings, store, text = loaded.recipe.caption_judge, loaded.store, loaded.model.text_tokenizer
+    settings, store, text = loaded.recipe.caption_judge, loaded.store, judge_text(loaded)
     if settings is None or store is None or text is None:
         return None
     about = {
@@ -68,6 +71,16 @@ def prepare_caption_judge(loaded: LoadedRun, *, progress: Progress = silent) -> 
     return load_dual_encoder(folder)
 
 
+def judge_text(loaded: LoadedRun) -> Encodes | None:
+    """The text tokenizer that the caption judge reads with; None where there are no captions to judge."""
+    model = loaded.recipe.model
+    if loaded.store is None or loaded.recipe.caption_judge is None or model.condition == "class":
+        return None
+    if model.condition == "text" and model.weights is None:
+        return loaded.model.text_tokenizer  # the store's own
+    return store_text_tokenizer(loaded.recipe, loaded.store)
+
+
 def held_out_splits(
     loaded: LoadedRun, caption_judge: DualEncoder | None = None, *, progress: Progress = silent
 ) -> list[HeldOutSplit]:
@@ -83,10 +96,8 @@ def held_out_splits(
             f"{loaded.run.path}: the store it was trained on is gone or has changed, it was {place}; make it again: "
             f"arra prepare {loaded.run.recipe_path} --store {place}"
         )
-    columns, wanted = judged_columns(recipe), wanted_columns(recipe, loaded.tokenizer)
-    for column in columns:
-        store.require(column, wanted[column])
-    splits = []
+    columns, text, splits = judged_columns(recipe), judge_text(loaded), []
+    require_columns(recipe, store, loaded.tokenizer, columns)
     for name in recipe.evaluate.splits:
         rows = store.rows(name, columns=columns)
         if recipe.evaluate.max_images is not None and len(rows) > recipe.evaluate.max_images:
@@ -96,21 +107,17 @@ def held_out_splits(
         numbers = {group: i for i, group in enumerate(sorted(set(groups)))}
         codes = held_out_codes(recipe, store, loaded.tokenizer, rows)
         reconstructions = loaded.tokenizer.decode(codes)
-        judge = encoder_spec(recipe.encoder.judge)
-        identity = [store.manifest_hash(*columns), judge.weights_sha256, str(judge.image_size), name]
-        identity += [str(recipe.data.encoder_image_size), str(len(rows))]
-        cache = store.path / "judged" / f"{_short_hash(identity)}.safetensors"
-        features = _kept_features(cache)
-        if features is None:
-            progress(f"judging held-out pictures ({name})", 0, 1)
-            raw = center_pictures(recipe, store, rows=rows, pixels=recipe.data.encoder_image_size)
-            encoder = load_encoder(recipe.encoder.judge)
-            features = {"raw": encode_all(encoder, raw), "reconstructions": encode_all(encoder, reconstructions)}
-            atomic_write(cache, safetensors.torch.save(features))
+        features = _judged(recipe, store, rows, reconstructions, split=name, progress=progress)
         captions = None
-        if caption_judge is not None and loaded.model.text_tokenizer is not None:
-            ids = [loaded.model.text_tokenizer.encode(prompt) for prompt in prompts]
-            captions = caption_judge.embed_captions(padded_ids(ids))
+        if caption_judge is not None and text is not None:
+            captions = caption_judge.embed_captions(padded_ids([text.encode(prompt) for prompt in prompts]))
+        labels, ask = None, None
+        if recipe.model.condition != "text":
+            conditions = open_conditions(recipe, store, rows, None)
+            ask = asked_of(conditions, store, rows)
+            if isinstance(conditions, ClassConditions):
+                labels, names = conditions.labels, class_names(store, conditions.null)
+                prompts = [names[label] for label in labels.tolist()]
         splits.append(
             HeldOutSplit(
                 name=name,
@@ -119,12 +126,34 @@ def held_out_splits(
                 groups=torch.tensor([numbers[group] for group in groups]),
                 reconstructions=reconstructions,
                 reconstruction_features=features["reconstructions"],
-                raw=held_out_pixels(recipe, store, rows),
-                raw_features=features["raw"],
+                raw=held_out_pixels(recipe, store, rows) if "raw" in features else None,
+                raw_features=features.get("raw"),
                 captions=captions,
+                labels=labels,
+                ask=ask,
             )
         )
     return splits
+
+
+def _judged(
+    recipe: Recipe, store: Store, rows: np.ndarray, reconstructions: Tensor, *, split: str, progress: Progress
+) -> dict[str, Tensor]:
+    """What the first judge says of held-out pictures, `raw` (where there are any) and `reconstructions`."""
+    judge = encoder_spec(recipe.encoder.judge)
+    identity = [store.manifest_hash(*judged_columns(recipe)), judge.weights_sha256, str(judge.image_size), split]
+    identity += [str(recipe.data.encoder_image_size), str(len(rows))]
+    cache = store.path / "judged" / f"{_short_hash(identity)}.safetensors"
+    features = _kept_features(cache)
+    if features is None:
+        progress(f"judging held-out pictures ({split})", 0, 1)
+        encoder, features = load_encoder(recipe.encoder.judge), {}
+        if not is_imported(store, CODES):  # codes that were imported come without pictures
+            raw = center_pictures(recipe, store, rows=rows, pixels=recipe.data.encoder_image_size)
+            features["raw"] = encode_all(encoder, raw)
+        features["reconstructions"] = encode_all(encoder, reconstructions)
+        atomic_write(cache, safetensors.torch.save(features))
+    return features
 
 
 def _kept_features(cache: Path) -> dict[str, Tensor] | None:
@@ -139,10 +168,17 @@ def _short_hash(parts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def evaluate(folder: Path, *, threads: int | None = None, progress: Progress = silent) -> Evaluation:
+def evaluate(
+    folder: Path,
+    *,
+    threads: int | None = None,
+    tokenizer_weights: Path | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Evaluation:
     """The evaluation of a finished run, written beside it with the painted pictures; read back if it is current."""
     set_threads(threads)
-    loaded = load_run(folder)
+    loaded = load_run(folder, tokenizer_weights=tokenizer_weights)
     second = prepare_caption_judge(loaded, progress=progress)
     protocol = protocol_of(loaded, second)
     done = _kept_evaluation(folder)
@@ -150,6 +186,7 @@ def evaluate(folder: Path, *, threads: int | None = None, progress: Progress = s
         return done
     caption_judge = None if second is None else second[0]
     splits = held_out_splits(loaded, caption_judge, progress=progress)
+    loaded.on(device)
     evaluation, pictures = evaluate_model(
         loaded.model,
         loaded.tokenizer,
@@ -214,7 +251,24 @@ def protocol_of(
         "num_resamples": settings.num_resamples,
         "seed": settings.seed,
         "image_size": recipe.data.image_size,
+        **_of_other_models(loaded),
     }
+
+
+def _of_other_models(loaded: LoadedRun) -> dict[str, ProtocolValue]:
+    """What a card says beside that of models which are not asked in text of their own, or have no pictures."""
+    condition = loaded.recipe.model.condition
+    found: dict[str, ProtocolValue] = {}
+    without = []
+    if condition == "class":
+        without.append("retrieval of single pictures and of captions (a class names neither)")
+    if loaded.store is not None and is_imported(loaded.store, CODES):
+        without.append("likeness and distances to raw pictures (the store holds codes without pictures)")
+    if condition != "text":
+        found["condition"] = condition
+    if without:
+        found["not_measured"] = "; ".join(without)
+    return found
 
 
 def paint_grid(loaded: LoadedRun, split: HeldOutSplit) -> dict[str, Tensor]:
@@ -227,21 +281,13 @@ def paint_grid(loaded: LoadedRun, split: HeldOutSplit) -> dict[str, Tensor]:
     found = {
         f"{split.name}/grid_prompts": torch.tensor(list(json.dumps(prompts).encode()), dtype=torch.uint8),
         f"{split.name}/grid_reconstructions": split.reconstructions[rows],
-        f"{split.name}/grid_raw": split.raw[rows],
     }
+    if split.raw is not None:
+        found[f"{split.name}/grid_raw"] = split.raw[rows]
+    asked = [row for row in rows for _ in seeds]
     for scale in settings.cfg_scales:
-        result = generate(
-            loaded.model,
-            loaded.tokenizer,
-            prompts=[prompt for prompt in prompts for _ in seeds],
-            seeds=seeds * len(prompts),
-            cfg_scale=scale,
-            temperature=settings.temperature,
-            batch_size=settings.batch_size,
-        )
-        assert result.images is not None
-        images = result.images.unflatten(0, (len(prompts), len(seeds)))
-        found[values_key("grid", split=split.name, cfg_scale=scale)] = images
+        images = paint_split(loaded.model, loaded.tokenizer, split, settings, asked, seeds * len(rows), cfg_scale=scale)
+        found[values_key("grid", split=split.name, cfg_scale=scale)] = images.unflatten(0, (len(rows), len(seeds)))
     return found
 
 
@@ -250,6 +296,8 @@ def results_table(evaluation: Evaluation) -> Table:
     table = Table(title=escape(evaluation.card.run), title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("", "cfg", "value", "95 % interval"):
         table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+    if without := evaluation.card.protocol.get("not_measured"):
+        table.caption, table.caption_justify = f"not measured: {escape(str(without))}", "left"
     last = ""
     for row in evaluation.card.results:
         heading = f"{row.split}, {row.num_images} pictures" + (

@@ -17,22 +17,33 @@ from arra.data.crops import Crop, describe
 from arra.data.llamagen_lists import BROKEN_HEADER, LlamaGenCodesSource, LlamaGenListSource
 from arra.data.records import Failure, Source, source_names
 from arra.data.store import Store
+from arra.encoders import TEXT_SPECS
 from arra.errors import ArraError
+from arra.stages.caption_features import CAPTION_FEATURES, SHORT
 from arra.stages.makers import CODES, smallest_unsigned
 from arra.stages.process import Progress
 from arra.tokenizers.image import PUBLISHED
 
-CAPTION_FEATURES = "caption_features.flan-t5-xl"
-T5_WIDTH = 2048
+T5_FEATURES = f"{CAPTION_FEATURES}.flan-t5-xl"
+T5_WIDTH = TEXT_SPECS["flan-t5-xl"].feature_size
 
 
 def import_codes(
-    recipe: Recipe, store: Store, sources: Sequence[LlamaGenCodesSource], shards: Sequence[int], progress: Progress
+    recipe: Recipe,
+    store: Store,
+    sources: Sequence[LlamaGenCodesSource],
+    shards: Sequence[int],
+    progress: Progress,
+    *,
+    replace: bool = False,
 ) -> ColumnWriter | None:
     """The written column of the sources' codes, to be published; None if the store has it.
 
+    A crop of two ranges takes the second ten variants from the folder beside each source's.
+
     Raises:
-        ArraError: the recipe's tokenizer, crop or image size is not what the sources say.
+        ArraError: the recipe's tokenizer, crop or image size is not what the sources say, or the store's codes are not
+            these (and not to be replaced).
     """
     crop, first = Crop(recipe.data.crop, recipe.data.image_size), sources[0]
     for source in sources:
@@ -58,9 +69,11 @@ def import_codes(
         "imported": "LlamaGen code folder",
     }
 
+    folders = {source.path: source.folders(recipe.data.crop.ranges) for source in sources}
+
     def read(source: Source, name: str) -> np.ndarray:
         assert isinstance(source, LlamaGenCodesSource)
-        codes = source.read_codes(name)
+        codes = np.concatenate([source.read_codes(name, folder=folder) for folder in folders[source.path]])
         if codes.shape != (crop.num_variants, grid[0] * grid[1]):
             raise ValueError(
                 f"codes of {codes.shape[0]} crops with {codes.shape[1]} each; the recipe's {made_by['crop']} has "
@@ -79,34 +92,63 @@ def import_codes(
         read=read,
         shards=shards,
         progress=progress,
+        replace=replace,
     )
 
 
+def brought_caption_columns(recipe: Recipe) -> list[str]:
+    """The columns of caption features that the recipe's sources bring along.
+
+    Raises:
+        ArraError: some of its sources do and some do not.
+    """
+    sources, names = recipe.data.all_sources, []
+    for field, name in (("caption_features", T5_FEATURES), ("short_caption_features", T5_FEATURES + SHORT)):
+        given = [getattr(source, field, None) is not None for source in sources]
+        if all(given):
+            names.append(name)
+        elif any(given):
+            raise ArraError(f"{sources[given.index(True)].path}: {field} must be given for all sources or for none")
+    return names
+
+
 def import_caption_features(
-    recipe: Recipe, store: Store, sources: Sequence[LlamaGenListSource], shards: Sequence[int], progress: Progress
+    recipe: Recipe,
+    store: Store,
+    column: str,
+    shards: Sequence[int],
+    progress: Progress,
+    *,
+    replace: bool = False,
 ) -> ColumnWriter | None:
-    """The written column of the sources' T5 features, each as long as its caption; None if the store has it."""
+    """The written column of the sources' T5 features, each as long as its caption; None if the store has it.
+
+    Raises:
+        ArraError: the store's features are not these (and not to be replaced).
+    """
     made_by = {"encoder": "google/flan-t5-xl", "weights": None, "slots": 120, "imported": "LlamaGen caption features"}
 
     def read(source: Source, name: str) -> np.ndarray:
         assert isinstance(source, LlamaGenListSource)
-        path = source.caption_feature_path(name)
+        path = source.caption_feature_path(name, short=column.endswith(SHORT))
         features = _read_array(path)
-        if features.ndim != 3 or features.shape[0] != 1 or features.shape[2] != T5_WIDTH or features.dtype.kind != "f":
+        slots_fit = features.ndim == 3 and features.shape[0] == 1 and 1 <= features.shape[1] <= made_by["slots"]
+        if not slots_fit or features.shape[2] != T5_WIDTH or features.dtype.kind != "f":
             raise ValueError(f"{path}: {features.dtype} {features.shape}; expected floats (1, up to 120, {T5_WIDTH})")
         return features[0]
 
     return _import(
         store,
-        CAPTION_FEATURES,
+        column,
         made_by,
         shape=(None, T5_WIDTH),
         variants=1,
         dtype=recipe.data.features_dtype,
-        sources=sources,
+        sources=recipe.data.all_sources,
         read=read,
         shards=shards,
         progress=progress,
+        replace=replace,
     )
 
 
@@ -122,9 +164,12 @@ def _import(
     read: Callable[[Source, str], np.ndarray],
     shards: Sequence[int],
     progress: Progress,
+    replace: bool,
 ) -> ColumnWriter | None:
     if store.has(name, made_by):
         return None
+    if store.entry(name) is not None and not replace:
+        store.require(name, made_by, advice="use another store, or make it anew with --replace")
     writer = store.writer(name, made_by=made_by, shape=shape, variants=variants, dtype=dtype)
     writer.forget_failed(shards)
     done = writer.done()

@@ -1,5 +1,6 @@
 """What preparation makes of crops: one maker for each column of the store. Tokenizers give codes, encoders features.
 
+What it makes of captions stands in `arra/stages/caption_features.py`.
 Legend: B pictures, V variants of each, H W pixels, h w code grid, F feature.
 """
 
@@ -17,7 +18,11 @@ from arra.data.columns import Shape
 from arra.data.crops import Crop, CropSettings, describe
 from arra.data.images import Grey16
 from arra.data.loading import DIGEST_BYTES, Loaded, View
+from arra.data.store import Store
 from arra.encoders import Encoder, encoder_spec, load_encoder
+from arra.stages.caption_features import caption_columns
+from arra.stages.caption_features import caption_features_made_by as caption_features_made_by
+from arra.stages.caption_features import caption_features_name as caption_features_name
 from arra.tokenizers import ImageTokenizer
 
 PICTURES, SIZES, PIXELS, CODES = "pictures", "sizes", "pixels", "codes"
@@ -222,15 +227,25 @@ def teacher_made_by(recipe: Recipe) -> dict[str, Any]:
 def codes_made_by(recipe: Recipe, tokenizer: ImageTokenizer) -> dict[str, Any]:
     """What the store says of the codes."""
     return {
-        "tokenizer": tokenizer.name,
-        "weights": tokenizer.weights_hash,
+        **tokenizer.codes_of,
         "num_codes": tokenizer.num_codes,
         "crop": describe(recipe.data.crop, recipe.data.image_size),
     }
 
 
-def wanted_columns(recipe: Recipe, tokenizer: ImageTokenizer | None) -> dict[str, dict[str, Any]]:
+def wanted_columns(
+    recipe: Recipe, tokenizer: ImageTokenizer | None, store: Store | None = None
+) -> dict[str, dict[str, Any]]:
     """Every column that the recipe asks for, with what the store will say of it; without a tokenizer no codes.
+
+    Of caption features that `store` has, see `caption_features_made_by`.
+    """
+    captions = caption_columns(recipe, store=store) if recipe.model.condition == "caption" else {}
+    return {**picture_columns(recipe, tokenizer), **captions}
+
+
+def picture_columns(recipe: Recipe, tokenizer: ImageTokenizer | None) -> dict[str, dict[str, Any]]:
+    """The columns that are made of pictures.
 
     Where codes and features are made online, a pass still reads every picture, so that bad ones are known.
     """

@@ -10,25 +10,41 @@ from pathlib import Path
 from typing import Any
 
 from arra.config import Recipe
+from arra.data.llamagen_lists import LlamaGenCodesSource
 from arra.data.remote import open_store, remote_text
 from arra.data.store import Store
 from arra.errors import ArraError
 from arra.runs import atomic_write
+from arra.stages.makers import caption_features_name
 
 STORE_FILE = "store.json"
 
 
 def columns_of(recipe: Recipe) -> list[str]:
     """The columns of the store that a run of this recipe is trained on."""
+    told = _told(recipe)
     if recipe.data.mode == "online":
-        return ["pictures"]
-    return ["codes"] + ([f"features.{recipe.encoder.teacher}"] if recipe.align is not None else [])
+        return ["pictures", *told]
+    return ["codes", *([f"features.{recipe.encoder.teacher}"] if recipe.align is not None else []), *told]
+
+
+def _told(recipe: Recipe) -> list[str]:
+    """The columns of what a model of captions is told."""
+    if recipe.model.condition != "caption" or recipe.text_encoder is None:
+        return []
+    return [
+        caption_features_name(recipe, short) for short in ((False, True) if recipe.text_encoder.short else (False,))
+    ]
 
 
 def judged_columns(recipe: Recipe) -> list[str]:
     """The columns of the store that held-out pictures are measured by."""
     first = "codes" if recipe.data.mode == "cached" else "pictures"
-    return [first] + (["pixels"] if recipe.data.keeps_pixels else [])
+    sources = recipe.data.sources or ()
+    codes_alone = recipe.data.source == "llamagen-codes" or (
+        len(sources) > 0 and all(isinstance(source, LlamaGenCodesSource) for source in sources)
+    )
+    return [first, *(["pixels"] if recipe.data.keeps_pixels and not codes_alone else []), *_told(recipe)]
 
 
 def note_store(folder: Path, store: Store) -> None:

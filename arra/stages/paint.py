@@ -1,4 +1,4 @@
-"""From a finished run to pictures: `arra generate`. Nothing here knows how the run was trained.
+"""From a trained model to pictures: `arra generate`. Nothing here knows how the model was trained.
 
 Legend: N pictures, H W pixels.
 """
@@ -7,40 +7,92 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from arra.config import Recipe, parse_recipe
+from arra.config import Recipe, TextEncoderSection, parse_recipe
 from arra.data.store import Store
+from arra.distributed import choose_device
 from arra.errors import ArraError
 from arra.models import Decoder, load_model
 from arra.report.grids import GridColumn, png_bytes, sample_grid
 from arra.runs import Run, atomic_file, atomic_write, file_hash, writing
 from arra.sample.generate import generate
+from arra.sample.logits import SamplingSettings
 from arra.stages.origin import columns_of, find_store, noted
+from arra.stages.wishes import Wishes, prompt_wishes
 from arra.tokenizers import ImageTokenizer, load_tokenizer
+from arra.tokenizers.image import PUBLISHED
 
 MAX_SEED = 2**63 - 1
 """What torch's generators take."""
 MAX_SEEDS = 10_000
 """More in one range is a slip of the keyboard."""
+BATCHES_AT_A_TIME = 8
+"""Painted before their pictures are written."""
+GRID_ROWS, GRID_COLUMNS = 64, 16
+"""Of grid.png, at most."""
+
+
+Loaded = TypeVar("Loaded", bound="LoadedDecoder")
 
 
 @dataclass(frozen=True)
-class LoadedRun:
+class LoadedDecoder:
+    """A model ready to paint."""
+
+    path: Path
+    model: Decoder
+    tokenizer: ImageTokenizer
+    sampling: SamplingSettings
+    """How it paints unless told otherwise."""
+    text_encoder: TextEncoderSection | None
+    """Of a model that is given caption features."""
+
+    def on(self: Loaded, device: str) -> Loaded:
+        """The same, with its networks on a device.
+
+        Raises:
+            ArraError: there is no such device.
+        """
+        place = choose_device(device)
+        self.model.to(place)
+        self.tokenizer.model.to(place)
+        return self
+
+
+@dataclass(frozen=True)
+class LoadedRun(LoadedDecoder):
     """A finished run, ready to paint."""
 
     run: Run
     recipe: Recipe
-    model: Decoder
-    tokenizer: ImageTokenizer
     store: Store | None
 
 
-def load_run(folder: Path) -> LoadedRun:
+def load_painter(folder: Path, *, tokenizer: str | None = None, tokenizer_weights: Path | None = None) -> LoadedDecoder:
+    """Model and tokenizer of a finished run, or of a folder that holds a decoder alone.
+
+    Raises:
+        ArraError: neither of the two, an unfinished run, or no tokenizer that fits.
+    """
+    if (folder / "recipe.yaml").is_file() or not (folder / "model.json").is_file():
+        return load_run(folder, tokenizer=tokenizer, tokenizer_weights=tokenizer_weights)
+    if tokenizer is None:
+        raise ArraError(
+            f"{folder}: a decoder without an image tokenizer; name one, as in --tokenizer llamagen-vq16 "
+            "--tokenizer-weights vq_ds16_c2i.pt"
+        )
+    model = load_model(folder)
+    return LoadedDecoder(folder, model, _given_tokenizer(model, tokenizer, tokenizer_weights), SamplingSettings(), None)
+
+
+def load_run(folder: Path, *, tokenizer: str | None = None, tokenizer_weights: Path | None = None) -> LoadedRun:
     """Model, tokenizer and recipe of a finished run.
 
     Raises:
@@ -57,13 +109,7 @@ def load_run(folder: Path) -> LoadedRun:
     manifest = run.manifest()
     if missing := [key for key in ("tokenizer", "tokenizer_sha256", "store_sha256") if key not in manifest]:
         raise ArraError(f"{folder}: manifest.json has no {missing[0]}; made by another program, train again")
-    own = folder / "tokenizer"
-    tokenizer = load_tokenizer(own if own.is_dir() else manifest["tokenizer"])
-    if tokenizer.weights_hash != manifest["tokenizer_sha256"]:
-        raise ArraError(
-            f"{folder}: trained on codes of {manifest['tokenizer']} {str(manifest['tokenizer_sha256'])[:12]}, found "
-            f"{str(tokenizer.weights_hash)[:12]}; install the version of arra that trained it, or train again"
-        )
+    own = None if tokenizer is not None else _own_tokenizer(folder, recipe, manifest, tokenizer_weights)
     store = find_store(folder, columns_of(recipe), manifest["store_sha256"])
     try:
         model = load_model(folder)
@@ -72,11 +118,42 @@ def load_run(folder: Path) -> LoadedRun:
             f"{str(error).rpartition(';')[0]}; delete {folder / 'model.json'} and run the training again: it continues "
             "from its checkpoint"
         ) from error
-    return LoadedRun(run, recipe, model, tokenizer, store)
+    if own is None:
+        assert tokenizer is not None
+        own = _given_tokenizer(model, tokenizer, tokenizer_weights)
+    return LoadedRun(folder, model, own, recipe.sample, recipe.text_encoder, run, recipe, store)
+
+
+def _own_tokenizer(folder: Path, recipe: Recipe, manifest: dict[str, Any], weights: Path | None) -> ImageTokenizer:
+    """The tokenizer that a run was trained with."""
+    inside, name, expected = folder / "tokenizer", manifest["tokenizer"], manifest["tokenizer_sha256"]
+    file = weights or recipe.tokenizer.weights
+    if not inside.is_dir() and name in PUBLISHED and file is None:
+        raise ArraError(f"{folder}: trained on codes of {name}; give its weights: --tokenizer-weights FILE")
+    tokenizer = (
+        load_tokenizer(inside) if inside.is_dir() else load_tokenizer(name, weights=file, entry=recipe.tokenizer.entry)
+    )
+    if expected is not None and tokenizer.weights_hash != expected:
+        advice = "give that file" if file is not None else "install the version of arra that trained it"
+        raise ArraError(
+            f"{folder}: trained on codes of {name} {str(expected)[:12]}, found {str(tokenizer.weights_hash)[:12]}; "
+            f"{advice}, or train again"
+        )
+    return tokenizer
+
+
+def _given_tokenizer(model: Decoder, name: str, weights: Path | None) -> ImageTokenizer:
+    tokenizer = load_tokenizer(name, weights=weights)
+    if tokenizer.num_codes != model.settings.num_codes:
+        raise ArraError(
+            f"--tokenizer {name}: it has {tokenizer.num_codes} codes, the model paints {model.settings.num_codes}; "
+            "name the one whose codes it was trained on"
+        )
+    return tokenizer
 
 
 def paint_prompts(
-    loaded: LoadedRun,
+    loaded: LoadedDecoder,
     prompts: Sequence[str],
     seeds: Sequence[int],
     out: Path,
@@ -84,62 +161,70 @@ def paint_prompts(
     overrides: dict[str, Any],
     batch_size: int = 16,
 ) -> list[Path]:
-    """The files written: NNNNNN.png for every prompt with every seed, samples.jsonl, and grid.png with all of them.
+    """The files written, as `paint` does it, for prompts.
 
     Raises:
         ArraError: an empty prompt, a prompt that does not fit, or a folder that cannot be written.
     """
-    check_prompts(loaded, prompts)
-    settings = {**loaded.recipe.sample.model_dump(), **{k: v for k, v in overrides.items() if v is not None}}
-    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    model_hash = file_hash(loaded.run.path / "model.safetensors")
-    result = generate(
-        loaded.model,
-        loaded.tokenizer,
-        prompts=[prompt for prompt, _ in pairs],
-        seeds=[seed for _, seed in pairs],
-        batch_size=batch_size,
-        **settings,
-    )
-    assert result.images is not None
-    _remove_listed(out)
-    written, lines = [], []
-    for number, ((prompt, seed), image) in enumerate(zip(pairs, result.images.numpy(), strict=True)):
-        row = {"file": f"{number:06d}.png", "prompt": prompt, "seed": seed, **settings, "model_sha256": model_hash}
-        info = PngInfo()
-        for key, value in row.items():
-            info.add_itxt(f"arra:{key}", str(value))
-        path = out / f"{number:06d}.png"
-        with atomic_file(path) as temporary:
-            Image.fromarray(image).save(temporary, "PNG", pnginfo=info)
-        written.append(path)
-        lines.append(json.dumps(row, ensure_ascii=False))
+    wishes = prompt_wishes(loaded.model, prompts, section=loaded.text_encoder)
+    return paint(loaded, wishes, seeds, out, overrides=overrides, batch_size=batch_size)
+
+
+def paint(
+    loaded: LoadedDecoder,
+    wishes: Wishes,
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    overrides: dict[str, Any],
+    batch_size: int = 16,
+) -> list[Path]:
+    """The files written: NNNNNN.png for every wish with every seed, samples.jsonl, and grid.png with the first ones.
+
+    Raises:
+        ArraError: a folder that cannot be written.
+    """
+    settings = {**loaded.sampling.model_dump(), **{k: v for k, v in overrides.items() if v is not None}}
+    model_hash = file_hash(loaded.path / "model.safetensors")
+    pairs = list(product(range(len(wishes)), seeds))
+    written: list[Path] = []
+    lines: list[str] = []
+    shown: np.ndarray = np.empty(0)
+    for start in range(0, len(pairs), batch_size * BATCHES_AT_A_TIME):
+        part = pairs[start : start + batch_size * BATCHES_AT_A_TIME]
+        result = generate(
+            loaded.model,
+            loaded.tokenizer,
+            seeds=[seed for _, seed in part],
+            batch_size=batch_size,
+            **wishes.inputs([place for place, _ in part]),
+            **settings,
+        )
+        assert result.images is not None
+        images = result.images.cpu().numpy()
+        if not written:
+            _remove_listed(out)
+            shown = np.zeros((min(len(wishes), GRID_ROWS), min(len(seeds), GRID_COLUMNS), *images.shape[1:]), np.uint8)
+        for number, ((place, seed), image) in enumerate(zip(part, images, strict=True), start=start):
+            row = {"file": f"{number:06d}.png", **wishes.facts[place], "seed": seed, **settings}
+            row["model_sha256"] = model_hash
+            written.append(_write_picture(out / row["file"], image, row))
+            lines.append(json.dumps(row, ensure_ascii=False))
+            if place < shown.shape[0] and number % len(seeds) < shown.shape[1]:
+                shown[place, number % len(seeds)] = image
     atomic_write(out / "samples.jsonl", "\n".join(lines) + "\n")
-    images = result.images.numpy().reshape(len(prompts), len(seeds), *result.images.shape[1:])
-    column = GridColumn(label=loaded.run.path.resolve().name, images=images)
-    atomic_write(out / "grid.png", png_bytes(sample_grid([column], captions=list(prompts))))
+    column = GridColumn(label=loaded.path.resolve().name, images=shown)
+    atomic_write(out / "grid.png", png_bytes(sample_grid([column], captions=wishes.texts[: len(shown)])))
     return [*written, out / "grid.png"]
 
 
-def check_prompts(loaded: LoadedRun, prompts: Sequence[str]) -> None:
-    """Nothing.
-
-    Raises:
-        ArraError: a prompt has no word in it, or more tokens than the model has room for.
-    """
-    text, room = loaded.model.text_tokenizer, loaded.model.settings.prefix_length - 1
-    if text is None:
-        return
-    for prompt in prompts:
-        count = len(text.encode(prompt))
-        shown = prompt if len(prompt) <= 40 else prompt[:37] + "..."
-        if count == 0:
-            raise ArraError(f"prompt '{shown}': no word in it; say what to paint")
-        if count > room:
-            raise ArraError(
-                f"prompt '{shown}': {count} tokens, this model has room for {room}; shorten it (common words are one "
-                "token each), or train with a larger model.prefix_length"
-            )
+def _write_picture(path: Path, image: np.ndarray, about: dict[str, Any]) -> Path:
+    info = PngInfo()
+    for key, value in about.items():
+        info.add_itxt(f"arra:{key}", str(value))
+    with atomic_file(path) as temporary:
+        Image.fromarray(image).save(temporary, "PNG", pnginfo=info)
+    return path
 
 
 def _remove_listed(out: Path) -> None:
@@ -152,35 +237,6 @@ def _remove_listed(out: Path) -> None:
         for name in names:
             (out / name).unlink(missing_ok=True)
         lines.unlink()
-
-
-def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
-    """The prompts of the command line, then of a file with one per line.
-
-    Raises:
-        ArraError: none at all, an empty one, or a file that cannot be read.
-    """
-    texts = list(given)
-    for text in texts:
-        if not text.strip():
-            raise ArraError("--prompt: empty; say what to paint")
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            raise ArraError(
-                f"{file}: cannot be read ({reason}); expected a text file with one prompt per line"
-            ) from error
-        if not lines:
-            raise ArraError(f"{file}: empty; expected one prompt per line")
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                raise ArraError(f"{file}: line {number} is empty; expected one prompt per line, remove it")
-        texts += lines
-    if not texts:
-        raise ArraError("generate: no prompt; give --prompt TEXT or --prompts FILE")
-    return texts
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""One pass over the pictures: decoded once, cropped once, seen by every maker, written shard by shard.
+"""One pass over the pictures (decoded once, cropped once, seen by every maker) or the captions, written shard by shard.
 
 Any process can make any shard; the bytes are the same. Legend: V variants.
 """
@@ -15,13 +15,20 @@ from arra.data.loading import Loaded, Loader, Task, Waiting, load_tasks
 from arra.data.records import Failure
 from arra.data.store import Store
 from arra.distributed import choose_device
+from arra.stages.caption_features import CaptionLoader, caption_makers, is_of_captions
 from arra.stages.makers import CODES, Maker, build_makers, views_of
 from arra.stages.tokenizer import recipe_tokenizer
+
+CAPTIONS_AT_A_TIME = 16
+"""Batches of captions that are loaded together, so that a batch holds captions of one length."""
 
 
 @dataclass(frozen=True)
 class PassPlan:
-    """All that a process must know to make shards; it can be sent to another machine."""
+    """All that a process must know to make shards; it can be sent to another machine.
+
+    Its columns are made of pictures or all of captions.
+    """
 
     recipe: Recipe
     store: Path
@@ -44,17 +51,26 @@ class ShardDone:
 
 
 class Pass:
-    """The networks and writers of a pass over the pictures: makes whole shards, any of them, in any process."""
+    """The networks and writers of a pass: makes whole shards, any of them, in any process."""
+
+    makers: Sequence[Maker]
+    loader: Callable[[Task], Loaded]
 
     def __init__(self, plan: PassPlan) -> None:
         self.plan, self.store = plan, Store.open(plan.store)
-        recipe, names = plan.recipe, list(plan.columns)
-        tokenizer = recipe_tokenizer(recipe, self.store) if CODES in names else None
+        recipe, names, size = plan.recipe, list(plan.columns), plan.batch_size
         device = choose_device(plan.device)
-        self.makers = build_makers(recipe, names, tokenizer, device=device, batch_size=plan.batch_size)
-        needed = {view for maker in self.makers for view in maker.views}
-        views = {name: view for name, view in views_of(recipe).items() if name in needed}
-        self.loader = Loader(plan.store, views, grey16=recipe.data.crop.grey16)
+        self.workers, self.task_records = plan.workers, size
+        if all(map(is_of_captions, names)):
+            self.makers = caption_makers(recipe, names, device=device, batch_size=size)
+            self.loader = CaptionLoader(plan.store)
+            self.workers, self.task_records = 0, CAPTIONS_AT_A_TIME * size
+        else:
+            tokenizer = recipe_tokenizer(recipe, self.store) if CODES in names else None
+            self.makers = build_makers(recipe, names, tokenizer, device=device, batch_size=size)
+            needed = {view for maker in self.makers for view in maker.views}
+            views = {name: view for name, view in views_of(recipe).items() if name in needed}
+            self.loader = Loader(plan.store, views, grey16=recipe.data.crop.grey16)
         self.writers = {
             maker.name: self.store.writer(
                 maker.name,
@@ -71,7 +87,7 @@ class Pass:
         self, shards: Sequence[int], *, on_batch: Callable[[int, float], None] = lambda records, waited: None
     ) -> Iterator[ShardDone]:
         """Each shard as it is done; `on_batch(records, seconds waited for data)` is called after every batch."""
-        size = self.plan.batch_size
+        size = self.task_records
         tasks = [
             Task(shard, start, min(start + size, self.store.about["shards"][shard]))
             for shard in shards
@@ -80,7 +96,7 @@ class Pass:
         waiting, waited = Waiting(), 0.0
         values: dict[str, list[tuple[int, np.ndarray]]] = {maker.name: [] for maker in self.makers}
         failures: list[Failure] = []
-        for loaded in load_tasks(tasks, self.loader, workers=self.plan.workers, waiting=waiting):
+        for loaded in load_tasks(tasks, self.loader, workers=self.workers, waiting=waiting):
             self._make(loaded, values)
             failures += loaded.failures
             on_batch(loaded.task.stop - loaded.task.start, waiting.seconds)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arra.config import Recipe
 from arra.data.columns import ColumnReader
-from arra.data.crops import Draw
+from arra.data.crops import Draw, describe
 from arra.data.loading import Loaded, Loader
 from arra.data.remote import RemoteColumn, RemoteStore
 from arra.data.store import Store
@@ -31,11 +31,15 @@ from arra.stages.makers import (
     CodesMaker,
     FeaturesMaker,
     build_makers,
+    center_variant,
     features_name,
     views_of,
+    wanted_columns,
 )
-from arra.stages.tokenizer import center_pictures
+from arra.stages.model import tokenizer_network
+from arra.stages.tokenizer import center_pictures, recipe_tokenizer
 from arra.tokenizers import ImageTokenizer
+from arra.tokenizers.image import PUBLISHED
 
 REMOTE_RUN = 256
 STATISTICS_RECORDS = 8192
@@ -175,10 +179,55 @@ def _chosen(values: Sequence[np.ndarray], variants: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.stack([value[variant] for value, variant in zip(values, variants, strict=True)]))
 
 
-def held_out_codes(recipe: Recipe, store: Store, tokenizer: ImageTokenizer, rows: np.ndarray) -> Int[Tensor, "B h w"]:
-    """The codes of some pictures' middle squares, whatever the crop of training; stored or made now."""
-    if recipe.data.mode == "cached" and recipe.data.crop.kind in ("center", "flip"):
-        return torch.from_numpy(store.reader(CODES).take(rows).astype(np.int64))
+def tokenizer_if_given(recipe: Recipe, store: Store) -> ImageTokenizer | None:
+    """The recipe's image tokenizer; None where the store's codes were imported and its weights are not here.
+
+    Raises:
+        ArraError: it is needed and missing.
+    """
+    section = recipe.tokenizer
+    if section.name in PUBLISHED and section.weights is None and section.train is None and is_imported(store, CODES):
+        return None
+    return recipe_tokenizer(recipe, store)
+
+
+def is_imported(store: Store, column: str) -> bool:
+    """Whether somebody else's files were taken into the store as this column."""
+    entry = store.entry(column)
+    return entry is not None and "imported" in entry.made_by
+
+
+def require_columns(recipe: Recipe, store: Store, tokenizer: ImageTokenizer | None, columns: Sequence[str]) -> None:
+    """Nothing.
+
+    Raises:
+        ArraError: the store's columns are missing or were not made as the recipe says.
+    """
+    wanted = wanted_columns(recipe, tokenizer, store)
+    for name in columns:
+        made_by = wanted.get(name, {})
+        if name == CODES and is_imported(store, CODES):
+            # imported codes cannot say of which weights they are; the rest must fit
+            entry, crop = store.entry(CODES), describe(recipe.data.crop, recipe.data.image_size)
+            assert entry is not None
+            network = tokenizer_network(recipe) if tokenizer is None else tokenizer.model.settings
+            told = {"tokenizer": recipe.tokenizer.name, "num_codes": network.num_codes, "crop": crop}
+            made_by = entry.made_by | told
+        store.require(name, made_by)
+
+
+def held_out_codes(
+    recipe: Recipe, store: Store, tokenizer: ImageTokenizer | None, rows: np.ndarray
+) -> Int[Tensor, "B h w"]:
+    """The codes of some pictures' middle squares, whatever the crop of training; stored or made now.
+
+    Of codes that were imported without pictures it is the middle one of the stored crops.
+    """
+    stored = recipe.data.mode == "cached" and recipe.data.crop.kind in ("center", "flip")
+    if stored or is_imported(store, CODES):
+        variants = np.full(len(rows), center_variant(recipe))
+        return torch.from_numpy(store.reader(CODES).take(rows, variants=variants).astype(np.int64))
+    assert tokenizer is not None
     return tokenizer.encode(held_out_pixels(recipe, store, rows))
 
 
@@ -212,7 +261,13 @@ def feature_sample(pictures: StoredPictures | OnlinePictures, center: int, num_v
 
 
 def open_pictures(
-    recipe: Recipe, store: Store, tokenizer: ImageTokenizer, rows: np.ndarray, *, workers: int, device: torch.device
+    recipe: Recipe,
+    store: Store,
+    tokenizer: ImageTokenizer | None,
+    rows: np.ndarray,
+    *,
+    workers: int,
+    device: torch.device,
 ) -> StoredPictures | OnlinePictures:
     """The pictures of the given rows, from the store or made online as `data.mode` says; with features if aligned."""
     feature_rows = None

@@ -1,34 +1,45 @@
-"""From pictures to the store: `arra prepare`, `arra tokenize`, `arra extract`.
+"""From pictures and captions to the store: `arra prepare`, `arra tokenize`, `arra extract`.
 
 sources -> index (records) -> one pass over the pictures: decoded once, cropped once, seen by every maker -> columns
+                           -> one pass over the captions, where the model is told of them by a text encoder
 """
 
-import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from rich.table import Table
 
 from arra.config import Recipe
 from arra.data.columns import ColumnWriter, folder_lock, tidy_column
 from arra.data.crops import describe
 from arra.data.huggingface import HuggingFaceSource
 from arra.data.index import build_index, is_too_many
-from arra.data.llamagen_lists import LlamaGenCodesSource, LlamaGenListSource
+from arra.data.llamagen_lists import LlamaGenCodesSource
 from arra.data.loading import default_workers
 from arra.data.store import Store
 from arra.distributed import set_threads
+from arra.encoders.text import require_transformers
+from arra.encoders.text_cleaning import clean_caption
 from arra.errors import ArraError
 from arra.runs import remove_unfinished
-from arra.stages.imports import CAPTION_FEATURES, import_caption_features, import_codes
-from arra.stages.makers import CODES, wanted_columns
+from arra.stages.caption_features import (
+    CAPTION_FEATURES,
+    CUT_FILE,
+    caption_column_names,
+    caption_columns,
+    is_of_captions,
+    note_cut_captions,
+    num_cut_captions,
+    require_cleaning,
+)
+from arra.stages.imports import brought_caption_columns, import_caption_features, import_codes
+from arra.stages.makers import CODES, picture_columns
 from arra.stages.passes import Pass, PassPlan, ShardDone
+from arra.stages.preparation import Preparation
 from arra.stages.process import Progress, silent
 from arra.stages.tokenizer import prepare_tokenizer
 
@@ -100,58 +111,6 @@ def parse_part(text: str, name: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-@dataclass
-class Preparation:
-    """What became of every item, and how the time went."""
-
-    store: Store | None
-    """None where so many items made no record that nothing was begun."""
-    items: int
-    done: int = 0
-    already: int = 0
-    skipped: int = 0
-    failed: int = 0
-    pending: int = 0
-    """Records that other parts (`--shard`) have still to make."""
-    max_failed_fraction: float = 0.0
-    seconds: float = 0.0
-    seconds_making: float = 0.0
-    """Of the pass over the pictures alone."""
-    waiting_seconds: float = 0.0
-    place: Path = field(default_factory=Path)
-
-    @property
-    def ok(self) -> bool:
-        """Whether no more items failed than may."""
-        return not is_too_many(self.failed, self.items - self.skipped, self.max_failed_fraction)
-
-    @property
-    def verdict(self) -> str:
-        """Why this is not a success, in one line."""
-        told = (
-            f"{self.failed} of {self.items - self.skipped} items failed, more than data.max_failed_fraction "
-            f"{self.max_failed_fraction:g} allows"
-        )
-        if self.store is None:
-            return f"{told}; nothing was made yet: mend what failures.jsonl lists, or raise it, and run again"
-        if not self.done:
-            return f"{told}; the store is finished without them: mend them and run again with --retry-failed"
-        return f"{told}; the columns are not finished: mend what failures.jsonl lists, or raise it, and run again"
-
-    def checked(self) -> Store:
-        """The store.
-
-        Raises:
-            ArraError: too many items failed.
-        """
-        if not self.ok or self.store is None:
-            first, more = json.loads(self.place.joinpath("failures.jsonl").read_text().split("\n")[0]), self.failed - 1
-            others = f" (and {more} more in {self.place / 'failures.jsonl'})" if more else ""
-            advice = "" if ";" in first["reason"] else "; replace it or remove its line"
-            raise ArraError(f"{first['where'] or first['id']}: {first['reason']}{advice}{others}")
-        return self.store
-
-
 def prepare(
     recipe: Recipe,
     folder: Path,
@@ -193,7 +152,9 @@ def prepare(
         for column in indexed.store.column_names():
             tidy_column(folder / column)
         writers = {} if only is not None else _import(recipe, indexed.store, options, found, progress)
-        if not _is_codes_alone(recipe):
+        # told now if something is missing for them, not after hours with the pictures
+        captions = _missing_captions(recipe, indexed.store, options, only)
+        if not _is_codes_alone(recipe) and (only is None or set(only) != {CAPTION_FEATURES}):
             if recipe.tokenizer.train is not None and parts == 1:
                 # before hours of training, know that the pictures can be read
                 _finish(found, indexed.store, _make(recipe, indexed.store, options, (), found, progress))
@@ -201,7 +162,11 @@ def prepare(
                     return found
                 found.done = found.already = 0
             writers |= _make(recipe, indexed.store, options, only, found, progress)
+        if captions is not None:
+            writers |= _make_captions(recipe, captions, indexed.store, options, only, found, progress)
         _finish(found, indexed.store, writers)
+        if captions is not None:
+            _count_cut_captions(recipe, indexed.store, found)
     found.seconds = time.monotonic() - started
     progress("store ready" if found.ok else "too many failures", 1, 1)
     return found
@@ -222,18 +187,15 @@ def _import(
             raise ArraError(f"{codes[0].path}: codes without pictures do not mix with pictures; prepare them apart")
         entry = store.entry(CODES)
         found.already = 0 if entry is None else len(store) - entry.failed
-        writer = import_codes(recipe, store, codes, own, progress)
+        writer = import_codes(recipe, store, codes, own, progress, replace=options.replace)
         if writer is not None:
             writers[CODES] = writer
             found.already, failed = 0, sum(writer.done().get(shard, 0) for shard in own)
             found.done = sum(store.about["shards"][shard] for shard in own) - failed
-    lists = [source for source in sources if isinstance(source, LlamaGenListSource)]
-    if any(source.caption_features is not None for source in lists):
-        if len(lists) < len(sources) or any(source.caption_features is None for source in lists):
-            raise ArraError(f"{lists[0].path}: caption_features must be given for all sources or for none")
-        writer = import_caption_features(recipe, store, lists, own, progress)
+    for name in brought_caption_columns(recipe):
+        writer = import_caption_features(recipe, store, name, own, progress, replace=options.replace)
         if writer is not None:
-            writers[CAPTION_FEATURES] = writer
+            writers[name] = writer
     return writers
 
 
@@ -250,7 +212,7 @@ def _make(
     tokenizer = (
         prepare_tokenizer(recipe, store, replace=options.replace, progress=progress) if needs_tokenizer else None
     )
-    wanted = wanted_columns(recipe, tokenizer)
+    wanted = picture_columns(recipe, tokenizer)
     if only is not None:
         chosen = {*only, *ALWAYS}
         wanted = {name: made_by for name, made_by in wanted.items() if name.partition(".")[0] in chosen}
@@ -270,6 +232,66 @@ def _make(
     again = frozenset(name for name in missing if store.entry(name) is not None)
     plan = PassPlan(recipe, store.path, missing, options.batch_size, workers, options.device, again)
     return _run_pass(plan, store, options, found, progress)
+
+
+def _missing_captions(
+    recipe: Recipe, store: Store, options: PrepareOptions, only: Sequence[str] | None
+) -> dict[str, dict[str, Any]] | None:
+    """The columns that a text encoder has still to make; None where the recipe, or the command, asks for none.
+
+    Raises:
+        ArraError: its weights or a package are missing, or a column is there that was made otherwise.
+    """
+    asked = recipe.model.condition == "caption" if only is None else CAPTION_FEATURES in only
+    if not asked:
+        return None
+    brought = brought_caption_columns(recipe) if only is None else ()
+    for name in brought:
+        require_cleaning(recipe, name)
+    wanted = caption_columns(recipe, store=None if options.replace else store, without=brought)
+    if not options.replace:
+        _refuse_other_makers(recipe, store, wanted)
+    missing = {name: made_by for name, made_by in wanted.items() if not store.has(name, made_by)}
+    if missing and recipe.text_encoder is not None:
+        require_transformers(recipe.text_encoder.name)
+        if recipe.text_encoder.clean:
+            clean_caption("")
+    return missing
+
+
+def _make_captions(
+    recipe: Recipe,
+    missing: Mapping[str, Mapping[str, Any]],
+    store: Store,
+    options: PrepareOptions,
+    only: Sequence[str] | None,
+    found: Preparation,
+    progress: Progress,
+) -> dict[str, ColumnWriter]:
+    """Columns made from the captions: this process's shards of the missing ones are written."""
+    own = Preparation(store, found.items, already=len(store), max_failed_fraction=found.max_failed_fraction)
+    writers: dict[str, ColumnWriter] = {}
+    if missing:
+        workers = default_workers() if options.workers is None else options.workers
+        again = frozenset(name for name in missing if store.entry(name) is not None)
+        plan = PassPlan(recipe, store.path, missing, options.batch_size, workers, options.device, again)
+        writers = _run_pass(plan, store, options, own, progress)
+    found.num_captions, found.seconds_reading = own.done, own.seconds_making
+    # where pictures were asked for too, a record was there before if nothing of it was made now
+    found.done, found.already = max(found.done, own.done), own.already if only else min(found.already, own.already)
+    return writers
+
+
+def _count_cut_captions(recipe: Recipe, store: Store, found: Preparation) -> None:
+    """Nothing; the captions that were longer than the text encoder's slots are named and counted."""
+    names = caption_column_names(recipe)
+    assert recipe.text_encoder is not None
+    for name in names:
+        entry = store.entry(name)
+        made_here = entry is not None and "imported" not in entry.made_by
+        if made_here and recipe.text_encoder.weights and not (store.path / name / CUT_FILE).exists():
+            note_cut_captions(recipe, store, name)
+    found.cut = num_cut_captions(store, names)
 
 
 ALWAYS = ("pictures", "sizes")
@@ -318,14 +340,14 @@ def _run_pass(
     total, begun = sum(sizes[shard] for shard in shards), time.monotonic()
     failed = [writer.done() for writer in work.writers.values()]
     found.already = sum(sizes[shard] - max(each[shard] for each in failed) for shard in own if shard in done)
-    made = 0
+    made, what = 0, "captions" if all(map(is_of_captions, plan.columns)) else "pictures"
 
     def on_batch(records: int, waited: float) -> None:
         nonlocal made
         made += records
         seconds = time.monotonic() - begun
-        note = f"{made / seconds:.1f} pictures/s, {100 * waited / seconds:.0f} % of the time waiting for data"
-        progress(f"pictures to {', '.join(plan.columns)}", made, total, note)
+        note = f"{made / seconds:.1f} {what}/s, {100 * waited / seconds:.0f} % of the time waiting for data"
+        progress(f"{what} to {', '.join(plan.columns)}", made, total, note)
 
     results: Iterator[ShardDone]
     if options.engine == "ray":
@@ -361,27 +383,3 @@ def _alone(folder: Path, part: int, parts: int) -> Iterator[None]:
     """
     with folder_lock(folder, name=f".prepare-{part}-of-{parts}.lock", wait=False):
         yield
-
-
-def summary_table(found: Preparation) -> Table:
-    """Counts and times for the terminal."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(justify="left")
-    table.add_column(justify="right")
-    rows: list[tuple[str, int]] = [
-        ("items in the sources", found.items),
-        ("done now", found.done),
-        ("there before", found.already),
-        ("skipped by the sources' rules", found.skipped),
-        ("failed", found.failed),
-    ]
-    if found.pending:
-        rows.append(("left to other parts", found.pending))
-    for name, count in rows:
-        table.add_row(name, f"{count:,}")
-    if found.done and found.seconds_making:
-        rate = found.done / found.seconds_making
-        share = 100 * found.waiting_seconds / found.seconds_making
-        table.add_row("pictures per second", f"{rate:.1f}")
-        table.add_row("share of the time waiting for data", f"{share:.0f} %")
-    return table

@@ -131,7 +131,7 @@ def grid_references(painted: dict[str, Tensor], split: str) -> HeldOut:
         split=split,
         prompts=tuple(json.loads(bytes(painted[f"{split}/grid_prompts"].tolist()).decode())),
         reconstructions=painted[f"{split}/grid_reconstructions"].numpy(),
-        raw=painted[f"{split}/grid_raw"].numpy(),
+        raw=painted[f"{split}/grid_raw"].numpy() if f"{split}/grid_raw" in painted else None,
     )
 
 

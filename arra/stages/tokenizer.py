@@ -1,31 +1,41 @@
 """The image tokenizer of a recipe: a known one, or one trained into the store before the codes are made.
 
-Legend: N pictures, H W pixels.
+sources -> store's records -> pictures, from memory or read while training -> `store/tokenizer` -> codes
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
 from arra.config import Recipe
 from arra.data.columns import folder_lock
-from arra.data.crops import CropSettings
-from arra.data.loading import Loader, Task, View, default_workers, load_tasks
+from arra.data.loading import Loader, default_workers
 from arra.data.store import Store
+from arra.distributed import choose_device
 from arra.errors import ArraError
-from arra.runs import atomic_write
+from arra.runs import Run, atomic_write, file_hash
+from arra.stages.judging import judge_tokenizer
 from arra.stages.process import Progress, silent
+from arra.stages.squares import center_pictures, spaced
 from arra.tokenizers import EMBEDDED, ImageTokenizer, load_tokenizer
 from arra.tokenizers.image import CARD_FILE
-from arra.tokenizers.vq import VQModel
+from arra.tokenizers.vq import VQModel, VQSettings
+from arra.train.discriminator import refuse_small_images
+from arra.train.perceptual import PerceptualDistance, load_perceptual
+from arra.train.pictures import HeldPictures, Pictures, ReadPictures, random_views
+from arra.train.settings import TokenizerTrainSettings
 from arra.train.tokenizer import TokenizerStep, TokenizerTrainer, train_tokenizer
 
-PICTURES_AT_A_TIME = 64
+MOST_HELD_GIB = 8
+MOST_JUDGED = 2000
+"""Validation pictures, evenly spaced, that a trained tokenizer's card tells of."""
+NOT_THE_RESULT = {"device", "workers", "log_every_steps", "checkpoint_every_steps"}
+"""Settings of training that say nothing of what comes out (but for rounding)."""
 
 
 def prepare_tokenizer(
@@ -35,126 +45,236 @@ def prepare_tokenizer(
 
     Raises:
         TrainingInterrupted: a signal asked to stop; the tokenizer's state is saved.
+        ArraError: the settings do not fit the pictures or the store's codes, or the training diverged.
     """
     section = recipe.tokenizer
     if section.train is None:
         return load_named(recipe)
     folder = store.path / "tokenizer"
+    if Path(section.name).is_dir() and folder.is_dir() and folder.samefile(section.name):
+        raise ArraError(f"tokenizer.name: {section.name} is where the trained tokenizer goes; copy it elsewhere first")
     start = load_named(recipe) if section.network is None else None
-    made_from = {
-        "start": "fresh" if start is None else start.name,
-        "start_sha256": None if start is None else start.weights_hash,
-        "network": None if section.network is None else section.network.model_dump(mode="json"),
-        "train": section.train.model_dump(mode="json"),
-        "image_size": recipe.data.image_size,
-        "records": store.about["sha256"],
-    }
-    made_from = json.loads(json.dumps(made_from))
+    network = section.network if start is None else start.model.settings
+    assert network is not None
+    _refuse_misfits(section.train, network, recipe.data.image_size)
+    made_from = _made_from(recipe, store, start)
     with folder_lock(folder):  # of several processes one trains, the others wait and find it
         if (folder / CARD_FILE).is_file():
             tokenizer = load_tokenizer(folder)
-            if tokenizer.about.get("made_from") == made_from:
+            if _is_same(tokenizer.about.get("made_from"), made_from):
                 return tokenizer
-            if store.entry("codes") is not None and not replace:
+            if not replace and not _keeps_codes(store, section.train, start):
                 raise ArraError(
                     f"{folder}: the store's codes are of a tokenizer that was trained otherwise than the recipe says; "
                     "use another store, or make both anew with --replace"
                 )
         _forget_other_training(folder, made_from)
         if start is not None:
-            model = start.model.train()
+            model = start.model
         else:
-            assert section.network is not None
             torch.manual_seed(section.train.seed)
-            model = VQModel(section.network)
-        trained, psnr = _train(recipe, store, model, folder, progress)
-        credit, name = store.about["attribution"], store.about["name"]
-        about = {"made_from": made_from, "validation_psnr_db": psnr, "data": name, "credit": credit}
-        full_name = f"{name}-vq{trained.settings.downsampling}"
-        ImageTokenizer(trained, name=full_name, weights_hash=None, about=about).save(folder, half=True)
+            model = VQModel(network)
+        _Training(recipe, store, model, folder, progress).run(made_from, start)
     return load_tokenizer(folder)
 
 
 def load_named(recipe: Recipe) -> ImageTokenizer:
     """The tokenizer that the recipe names, with the weights file it gives."""
     section = recipe.tokenizer
-    return load_tokenizer(section.name, weights=section.weights)
+    return load_tokenizer(section.name, weights=section.weights, entry=section.entry)
 
 
-def _forget_other_training(folder: Path, made_from: dict[str, object]) -> None:
+def _refuse_misfits(train: TokenizerTrainSettings, network: VQSettings, image_size: int) -> None:
+    if image_size % network.downsampling:
+        raise ArraError(
+            f"data.image_size: {image_size} is no multiple of {network.downsampling}, the pixels per code of this "
+            "tokenizer; change it"
+        )
+    if train.adversarial is not None:
+        refuse_small_images(image_size, num_layers=train.adversarial.num_layers)
+
+
+def _made_from(recipe: Recipe, store: Store, start: ImageTokenizer | None) -> dict[str, Any]:
+    """All that the trained weights depend on, as plain data."""
+    section, train = recipe.tokenizer, recipe.tokenizer.train
+    assert train is not None
+    made_from = {
+        "start": "fresh" if start is None else start.name,
+        "start_sha256": None if start is None else start.weights_hash,
+        "network": None if section.network is None else section.network.model_dump(mode="json"),
+        "train": _result_settings(train),
+        "image_size": recipe.data.image_size,
+        "records": store.about["sha256"],
+    }
+    if start is not None and section.entry != "model":
+        made_from["start_entry"] = section.entry
+    if train.perceptual is not None:
+        if missing := [file for file in train.perceptual.files if not Path(file).is_file()]:
+            raise ArraError(
+                f"tokenizer.train.perceptual.files: {missing[0]}: no such file; fetch it, or leave LPIPS out"
+            )
+        made_from["perceptual_sha256"] = [file_hash(file) for file in train.perceptual.files]
+    plain: dict[str, Any] = json.loads(json.dumps(made_from))
+    return plain
+
+
+def _result_settings(train: TokenizerTrainSettings) -> dict[str, Any]:
+    settings = train.model_dump(mode="json", exclude=NOT_THE_RESULT)
+    if settings["perceptual"] is not None:
+        del settings["perceptual"]["files"]  # their content counts
+    return settings
+
+
+def _is_same(kept: object, made_from: Mapping[str, Any]) -> bool:
+    """Whether two trainings give the same; what an older card does not tell is what it was by default."""
+    if not isinstance(kept, dict) or not isinstance(kept.get("train"), dict):
+        return False
+    train = {key: value for key, value in kept["train"].items() if key not in NOT_THE_RESULT}
+    return kept | {"train": _result_settings(TokenizerTrainSettings()) | train} == made_from
+
+
+def _keeps_codes(store: Store, train: TokenizerTrainSettings, start: ImageTokenizer | None) -> bool:
+    """Whether the store's codes, if any, are the ones that the tokenizer to be trained gives too."""
+    codes = store.entry("codes")
+    if codes is None:
+        return True
+    named = {key: codes.made_by.get(key) for key in ("tokenizer", "weights")}
+    return train.part == "decoder" and start is not None and named == start.codes_of
+
+
+def _forget_other_training(folder: Path, made_from: Mapping[str, Any]) -> None:
     """Nothing; the folder's checkpoints, if any, are of this training: others must not be resumed from."""
     begun = folder / "training.json"
-    if not begun.is_file() or begun.read_text() != json.dumps(made_from):
-        for old in (folder / CARD_FILE, *folder.glob("checkpoints/step-*")):
+    try:
+        same = _is_same(json.loads(begun.read_text()), made_from)
+    except (FileNotFoundError, ValueError):
+        same = False
+    if not same:
+        for old in (folder / CARD_FILE, folder / "metrics.jsonl", *folder.glob("checkpoints/step-*")):
             old.unlink(missing_ok=True)
         atomic_write(begun, json.dumps(made_from))
 
 
-def _train(recipe: Recipe, store: Store, model: VQModel, folder: Path, progress: Progress) -> tuple[VQModel, float]:
-    settings = recipe.tokenizer.train
-    assert settings is not None
+@dataclass
+class _Training:
+    """One training into a folder, from pictures to card."""
 
-    def report(trainer: TokenizerTrainer, step: TokenizerStep) -> None:
-        progress(f"training the tokenizer, {step.psnr_db:.1f} dB", step.step, settings.steps)
+    recipe: Recipe
+    store: Store
+    model: VQModel
+    folder: Path
+    progress: Progress
+    has_logged: bool = False
 
-    torch.set_flush_denormal(True)  # optimiser states of dead codes decay into denormals, which are slow
+    def run(self, made_from: dict[str, Any], start: ImageTokenizer | None) -> None:
+        """Nothing; the folder holds the trained tokenizer."""
+        train = self.recipe.tokenizer.train
+        assert train is not None
+        torch.set_flush_denormal(True)  # optimiser states of dead codes decay into denormals, which are slow
+        perceptual = None if train.perceptual is None else load_perceptual(train.perceptual.files)
+        device = choose_device(train.device)
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        try:
+            trainer = train_tokenizer(
+                self.model.to(device),
+                self._pictures(train),
+                train,
+                folder=self.folder / "checkpoints",
+                report=self._report,
+                perceptual=perceptual,
+            )
+        except FloatingPointError as error:
+            raise ArraError(
+                f"{self.folder}: training diverged at {error}; lower tokenizer.train.learning_rate, lengthen "
+                "warmup_steps or start the discriminator later"
+            ) from error
+        trained = trainer.averaged_model()
+        name = self.store.about["name"]
+        about = {"made_from": made_from, "data": name, "credit": self.store.about["attribution"]}
+        full_name = f"{name}-vq{trained.settings.downsampling}"
+        half = train.part == "all"
+        if half:
+            trained.half().float()  # as it will be saved: what the card tells is of these weights
+        else:
+            assert start is not None
+            _require_same_codes(before, trained)
+            about["codes_of"] = start.codes_of
+            full_name = f"{start.name}-for-{name}"
+        tokenizer = ImageTokenizer(trained, name=full_name, weights_hash=None, about=about)
+        about["validation"] = self._validation(tokenizer, device, perceptual)
+        tokenizer.model.cpu()
+        tokenizer.save(self.folder, half=half)
 
-    def pictures(split: str, pixels: int) -> Tensor:
-        def reading(done: int, total: int) -> None:
-            progress(f"reading {split} pictures", done, total)
+    def _pictures(self, train: TokenizerTrainSettings) -> Pictures:
+        recipe, store = self.recipe, self.store
+        size = recipe.data.image_size
+        if train.crop is not None:
+            known = ["pictures"] if store.entry("pictures") is not None else []
+            loader = Loader(store.path, random_views(train.crop, size), grey16=recipe.data.crop.grey16)
+            return ReadPictures(
+                loader,
+                store.rows("train", columns=known),
+                batch_size=train.batch_size,
+                steps=train.steps,
+                seed=train.seed,
+                workers=default_workers() if train.workers is None else train.workers,
+            )
+        rows = store.rows("train")
+        gib = len(rows) * 3 * (2 * size) ** 2 / 2**30
+        if gib > MOST_HELD_GIB:
+            raise ArraError(
+                f"tokenizer.train: {len(rows):,} pictures at twice {size} pixels a side need {gib:.0f} GiB of memory; "
+                "read them while training: set tokenizer.train.crop to {kind: random}"
+            )
+        held = center_pictures(
+            recipe,
+            store,
+            rows=rows,
+            pixels=2 * size,
+            may_fail=True,
+            progress=lambda done, total: self.progress("reading train pictures", done, total),
+        )
+        return HeldPictures(held.permute(0, 3, 1, 2).contiguous(), train.batch_size, train.augment)
 
-        return center_pictures(recipe, store, rows=store.rows(split), pixels=pixels, may_fail=True, progress=reading)
+    def _report(self, trainer: TokenizerTrainer, step: TokenizerStep) -> None:
+        settings = trainer.settings
+        self.progress("training the tokenizer", step.step, settings.steps, f"{step.psnr_db:.1f} dB")
+        if step.step % settings.log_every_steps == 0 or step.step == settings.steps:
+            run = Run(self.folder)
+            if not self.has_logged:  # a training before this one may have been killed after its last checkpoint
+                run.truncate_metrics(step.step - 1)
+                self.has_logged = True
+            row = {"step": step.step, "loss": step.loss, "psnr_db": step.psnr_db, "learning_rate": step.learning_rate}
+            run.append_metrics(row | step.terms | {"code_use": trainer.code_use()})
 
-    train = pictures("train", 2 * recipe.data.image_size)
-    channels_first = train.permute(0, 3, 1, 2).contiguous()
-    trainer = train_tokenizer(model, channels_first, settings, folder=folder / "checkpoints", report=report)
-    trained = VQModel(model.settings)
-    trained.load_state_dict(trainer.average)
-    held_out = pictures("validation", recipe.data.image_size)
-    tokenizer = ImageTokenizer(trained, name="in training", weights_hash=None)
-    mse = (tokenizer.decode(tokenizer.encode(held_out)).double() - held_out.double()).div(255).square().mean((1, 2, 3))
-    return trained, round(float((-10 * mse.log10()).mean()), 3)
-
-
-def center_pictures(
-    recipe: Recipe,
-    store: Store,
-    *,
-    rows: np.ndarray,
-    pixels: int | None = None,
-    may_fail: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> UInt8[Tensor, "N H W 3"]:
-    """Middle squares of some records' pictures, of `pixels` (else the recipe's size) a side.
-
-    Raises:
-        ArraError: a picture cannot be read (all of them, where some `may_fail`).
-    """
-    size = pixels or recipe.data.image_size
-    starts = np.array(store.shard_starts)
-    tasks = list(_tasks(rows, np.searchsorted(starts, rows, side="right") - 1, starts))
-    loader = Loader(store.path, {"x": View(CropSettings(), size, size)}, grey16=recipe.data.crop.grey16)
-    images: list[np.ndarray] = []
-    for number, loaded in enumerate(load_tasks(tasks, loader, workers=default_workers() if len(tasks) > 1 else 0)):
-        progress(number, len(tasks))
-        if loaded.failures and not may_fail:
-            failure = loaded.failures[0]
-            raise ArraError(f"{failure.where}: picture of record '{failure.id}': {failure.reason}")
-        images += [each[0] for each in loaded.views["x"]]
-    if not images:
-        raise ArraError(f"{store.path}: none of {len(rows)} pictures can be read; see arra data check")
-    return torch.from_numpy(np.stack(images))
+    def _validation(
+        self, tokenizer: ImageTokenizer, device: torch.device, perceptual: PerceptualDistance | None
+    ) -> dict[str, Any] | None:
+        """What the card tells of held-out pictures; None where there are none to measure by."""
+        if self.store.about["splits"].get("validation", 0) < 2:
+            return None
+        rows = spaced(self.store.rows("validation"), MOST_JUDGED)
+        judged = judge_tokenizer(
+            tokenizer,
+            self.store,
+            rows,
+            image_size=self.recipe.data.image_size,
+            judge=self.recipe.encoder.judge,
+            device=device,
+            grey16=self.recipe.data.crop.grey16,
+            perceptual=perceptual,
+            workers=None,
+            progress=lambda done, total: self.progress("judging reconstructions", done, total),
+        )
+        bound = {"split": "validation", "at_most_images": MOST_JUDGED, "image_size": self.recipe.data.image_size}
+        return bound | judged.reconstruction.as_json()
 
 
-def _tasks(rows: np.ndarray, shards: np.ndarray, starts: np.ndarray) -> Iterator[Task]:
-    """Tasks that cover the rows, runs of neighbours together."""
-    begin = 0
-    for place in range(1, len(rows) + 1):
-        ends = place == len(rows) or rows[place] != rows[place - 1] + 1 or shards[place] != shards[begin]
-        if ends or place - begin == PICTURES_AT_A_TIME:
-            first, last = int(rows[begin] - starts[shards[begin]]), int(rows[place - 1] - starts[shards[begin]])
-            yield Task(int(shards[begin]), first, last + 1)
-            begin = place
+def _require_same_codes(before: Mapping[str, Tensor], trained: VQModel) -> None:
+    """Nothing; all that codes depend on has the bits it had."""
+    for name, value in trained.state_dict().items():
+        if not name.startswith(("decoder.", "post_quant_conv.")) and not torch.equal(value, before[name].cpu()):
+            raise RuntimeError(f"training the decoder alone changed {name}")
 
 
 def recipe_tokenizer(recipe: Recipe, store: Store) -> ImageTokenizer:

@@ -13,24 +13,34 @@ import torch
 from torch import Tensor
 
 from arra.config import Recipe, dump_recipe
-from arra.data.batches import Batches, TrainBatch, text_batch
+from arra.data.batches import Batches, HeldOutBatches
 from arra.data.loading import default_workers
 from arra.data.records import source_names
 from arra.data.store import Store
 from arra.distributed import choose_device, set_threads
 from arra.encoders import encoder_spec
 from arra.errors import ArraError
-from arra.models import Decoder, DecoderSettings, save_model
+from arra.models import Decoder, save_model
 from arra.report.grids import png_bytes, strip
 from arra.runs import Run, atomic_write
 from arra.sample.generate import generate
-from arra.stages.captions import StoreCaptions, check_caption_lengths, store_text_tokenizer
-from arra.stages.makers import center_variant, crop_of, wanted_columns
+from arra.stages.captions import check_caption_lengths
+from arra.stages.conditions import asked_of, caption_width, condition_facts, num_classes, open_conditions
+from arra.stages.makers import center_variant, crop_of
+from arra.stages.model import build_model, decoder_settings, text_tokenizer_of, tokenizer_network, weights_hash
 from arra.stages.origin import columns_of, note_store
-from arra.stages.pictures import OnlinePictures, StoredPictures, feature_sample, held_out_codes, open_pictures
+from arra.stages.pictures import (
+    OnlinePictures,
+    StoredPictures,
+    feature_sample,
+    held_out_codes,
+    open_pictures,
+    require_columns,
+    tokenizer_if_given,
+)
 from arra.stages.process import locked
-from arra.stages.tokenizer import recipe_tokenizer, tokenizer_folder
-from arra.tokenizers import ImageTokenizer, load_tokenizer
+from arra.stages.tokenizer import tokenizer_folder
+from arra.tokenizers import ImageTokenizer
 from arra.tokenizers.image import CARD_FILE, WEIGHTS_FILE
 from arra.tokenizers.text import TextTokenizer
 from arra.train.alignment import build_alignment
@@ -44,41 +54,39 @@ class TrainingData:
     """What a run trains on, read from a store after checking that the recipe fits it."""
 
     store: Store
-    tokenizer: ImageTokenizer
-    text: TextTokenizer
+    tokenizer: ImageTokenizer | None
+    """None where the codes were imported and nobody gave the tokenizer's weights: training needs none."""
+    text: TextTokenizer | None
     pictures: StoredPictures | OnlinePictures
     batches: Batches
-    validation: list[TrainBatch]
+    validation: HeldOutBatches
+    validation_rows: np.ndarray
     features: Tensor | None
     """Of a sample of the training pictures, to fit the target space on."""
 
 
 def training_data(
-    recipe: Recipe, store: Store, tokenizer: ImageTokenizer, *, device: torch.device | None = None
+    recipe: Recipe, store: Store, tokenizer: ImageTokenizer | None, *, device: torch.device | None = None
 ) -> TrainingData:
     """Batches of the training split and the validation batches.
 
     Raises:
-        ArraError: a column is missing or damaged, or a caption does not fit the prefix.
+        ArraError: a column is missing or damaged, or a condition does not fit the model.
     """
     columns = columns_of(recipe)
     train, validation = store.rows("train", columns=columns), store.rows("validation", columns=columns)
-    text = store_text_tokenizer(recipe, store)
-    length = recipe.model.prefix_length
-    check_caption_lengths(store, np.concatenate([train, validation]), text, length)
+    text = text_tokenizer_of(recipe, store)
+    if text is not None:
+        check_caption_lengths(store, np.concatenate([train, validation]), text, recipe.model.prefix_length)
     workers = default_workers()
     pictures = open_pictures(recipe, store, tokenizer, train, workers=workers, device=device or torch.device("cpu"))
     features = None
     if recipe.align is not None:
         features = feature_sample(pictures, center_variant(recipe), crop_of(recipe).num_variants)
     batches = Batches(
-        captions=StoreCaptions(store, train, text),
+        conditions=open_conditions(recipe, store, train, text),
         pictures=pictures,
-        prefix_length=length,
         batch_size=recipe.train.batch_size,
-        condition_dropout=recipe.train.condition_dropout,
-        alternative_share=recipe.train.alternative_share,
-        word_dropout=recipe.train.word_dropout,
         seed=recipe.train.seed,
         counts=store.source_counts(train),
         groups=store.group_sizes(train),
@@ -86,12 +94,17 @@ def training_data(
         weights=source_weights(recipe, store),
     )
     codes = held_out_codes(recipe, store, tokenizer, validation).flatten(1)
-    prompts = [store.fields(int(row), "prompt")[0] for row in validation]
-    held_out = [
-        text_batch([text.encode(prompts[place]) for place in part], codes[torch.from_numpy(part)], prefix_length=length)
-        for part in np.array_split(np.arange(len(validation)), max(1, len(validation) // 64))
-    ]
-    return TrainingData(store, tokenizer, text, pictures, batches, held_out, features)
+    held_out = HeldOutBatches(open_conditions(recipe, store, validation, text), codes)
+    return TrainingData(
+        store=store,
+        tokenizer=tokenizer,
+        text=text,
+        pictures=pictures,
+        batches=batches,
+        validation=held_out,
+        validation_rows=validation,
+        features=features,
+    )
 
 
 def source_weights(recipe: Recipe, store: Store) -> tuple[float, ...] | None:
@@ -112,34 +125,6 @@ def source_weights(recipe: Recipe, store: Store) -> tuple[float, ...] | None:
     return tuple(source.weight for source in sources)
 
 
-def build_model(recipe: Recipe, text: TextTokenizer, tokenizer: ImageTokenizer) -> Decoder:
-    """A fresh decoder of the recipe; its first weights are a function of `model.seed`."""
-    torch.manual_seed(recipe.model.seed)
-    model = Decoder(decoder_settings(recipe, num_codes=tokenizer.num_codes, downsampling=tokenizer.downsampling))
-    model.text_tokenizer = text
-    return model
-
-
-def decoder_settings(recipe: Recipe, *, num_codes: int, downsampling: int) -> DecoderSettings:
-    """The decoder's settings, with what follows from the tokenizer filled in."""
-    m, side = recipe.model, recipe.data.image_size // downsampling
-    return DecoderSettings(
-        num_layers=m.num_layers,
-        num_heads=m.num_heads,
-        hidden_size=m.hidden_size,
-        ffn_hidden_size=m.ffn_hidden_size,
-        multiple_of=32,
-        num_codes=num_codes,
-        grid=(side, side),
-        condition="text",
-        prefix_length=m.prefix_length,
-        text_vocab_size=m.text_vocab_size,
-        token_dropout=m.token_dropout,
-        resid_dropout=m.resid_dropout,
-        ffn_dropout=m.ffn_dropout,
-    )
-
-
 def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) -> Run:
     """The finished run: trained to the last step, resuming if it was begun.
 
@@ -154,15 +139,17 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
         )
     set_threads(recipe.train.threads)
     torch.set_flush_denormal(True)  # optimiser states of rare words decay into denormals, which are slow
-    tokenizer = recipe_tokenizer(recipe, store)
-    require_columns(recipe, store, tokenizer)
+    tokenizer = tokenizer_if_given(recipe, store)
+    require_columns(recipe, store, tokenizer, columns_of(recipe))
     manifest = {
         "store_sha256": store.manifest_hash(*columns_of(recipe)),
-        "tokenizer": tokenizer.name,
-        "tokenizer_sha256": tokenizer.weights_hash,
+        "tokenizer": recipe.tokenizer.name if tokenizer is None else tokenizer.name,
+        "tokenizer_sha256": None if tokenizer is None else tokenizer.weights_hash,
         "seed": recipe.train.seed,
         "threads": torch.get_num_threads(),
     }
+    if recipe.model.weights is not None:
+        manifest["weights_sha256"] = weights_hash(recipe.model.weights)
     begun = (folder / "recipe.yaml").is_file()
     if begun and is_finished(run := Run.create(folder, dump_recipe(recipe), manifest), recipe):
         with suppress(ArraError):  # it may lie on a read-only disk
@@ -172,6 +159,9 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
     data = training_data(
         recipe, store, tokenizer, device=device
     )  # first: a recipe that does not fit its data leaves no run behind
+    model = first_model(recipe, data).to(device)
+    if recipe.model.weights is not None:
+        model.about["started_from"] = {"weights": recipe.model.weights, "sha256": manifest["weights_sha256"]}
     run = Run.create(folder, dump_recipe(recipe), manifest)
     with locked(run):
         if is_finished(run, recipe):
@@ -181,7 +171,6 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
         if own is not None:
             for name in (WEIGHTS_FILE, CARD_FILE):  # the card last: a folder with a card is a tokenizer
                 atomic_write(folder / "tokenizer" / name, (own / name).read_bytes())
-        model = build_model(recipe, data.text, tokenizer).to(device)
         alignment = None
         if recipe.align is not None and data.features is not None:
             width = recipe.model.hidden_size
@@ -194,7 +183,7 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
             validation=data.validation,
             settings=recipe.train,
             run=run,
-            preview=_previewer(recipe, data, run) if previews else None,
+            preview=_previewer(data, run) if previews else None,
         )
         try:
             trainer.train()
@@ -209,15 +198,19 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
     return run
 
 
-def require_columns(recipe: Recipe, store: Store, tokenizer: ImageTokenizer) -> None:
-    """Nothing.
-
-    Raises:
-        ArraError: the store's columns are missing or were not made as the recipe says.
-    """
-    wanted = wanted_columns(recipe, tokenizer)
-    for name in columns_of(recipe):
-        store.require(name, wanted[name])
+def first_model(recipe: Recipe, data: TrainingData) -> Decoder:
+    """The decoder before its first step, with what it must know of its conditions to be asked again."""
+    network = tokenizer_network(recipe) if data.tokenizer is None else data.tokenizer.model.settings
+    settings = decoder_settings(
+        recipe,
+        num_codes=network.num_codes,
+        downsampling=network.downsampling,
+        num_classes=num_classes(recipe, data.store) if recipe.model.condition == "class" else None,
+        caption_dim=caption_width(recipe, data.store),
+    )
+    model = build_model(recipe, settings, text=data.text)
+    model.about |= condition_facts(recipe, data.store)
+    return model
 
 
 def is_finished(run: Run, recipe: Recipe) -> bool:
@@ -226,13 +219,15 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
     return saved and any(row["step"] == recipe.train.steps for row in run.read_metrics()[-3:])
 
 
-def _previewer(recipe: Recipe, data: TrainingData, run: Run) -> Callable[[Decoder, int], None]:
-    rows = data.store.rows("validation")
-    spaced = rows[:: max(1, len(rows) // NUM_PREVIEWS)][:NUM_PREVIEWS]
-    chosen = [data.store.fields(int(row), "prompt")[0] for row in spaced]
+def _previewer(data: TrainingData, run: Run) -> Callable[[Decoder, int], None] | None:
+    if data.tokenizer is None:
+        return None
+    tokenizer, count = data.tokenizer, len(data.validation_rows)
+    spaced = range(0, count, max(1, count // NUM_PREVIEWS))[:NUM_PREVIEWS]
+    asked = asked_of(data.validation.conditions, data.store, data.validation_rows)(spaced)
 
     def preview(model: Decoder, step: int) -> None:
-        result = generate(model, data.tokenizer, prompts=chosen, seeds=list(range(len(chosen))))
+        result = generate(model, tokenizer, seeds=list(range(len(spaced))), **asked)
         assert result.images is not None
         path = run.path / "previews" / f"step-{step:06d}.png"
         atomic_write(path, png_bytes(strip(result.images.numpy())))
@@ -242,21 +237,30 @@ def _previewer(recipe: Recipe, data: TrainingData, run: Run) -> Callable[[Decode
 
 def describe_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, with the numbers that follow from it as comments."""
-    tokenizer = None if recipe.tokenizer.train else load_tokenizer(recipe.tokenizer.name)
-    network = recipe.tokenizer.network or (tokenizer or load_tokenizer(recipe.tokenizer.name)).model.settings
+    network, model = tokenizer_network(recipe), recipe.model
     settings = decoder_settings(recipe, num_codes=network.num_codes, downsampling=network.downsampling)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Decoder(settings).parameters())
-    tokens = recipe.train.batch_size * (settings.prefix_length + settings.num_positions)
+    length = settings.prefix_length + settings.num_positions
+    images = recipe.train.steps * recipe.train.batch_size
+    before = {
+        "text": f"{settings.prefix_length} text positions",
+        "class": "1 class",
+        "caption": f"{settings.prefix_length} vectors of a caption",
+    }
     lines = [
         f"image: {settings.num_positions} codes ({settings.grid[0]} x {settings.grid[1]}) of {settings.num_codes}",
-        f"sequence: {settings.prefix_length} text positions + {settings.num_positions} codes",
+        f"sequence: {before[model.condition]} + {settings.num_positions} codes",
         f"decoder: {parameters:,} parameters",
-        f"training: {recipe.train.steps * recipe.train.batch_size:,} images, {recipe.train.steps * tokens:,} tokens",
+        f"training: {images:,} images, {images * length:,} tokens",
     ]
+    if model.condition == "class" and model.num_classes is None:
+        lines.insert(2, f"classes: the store's; {settings.num_classes} assumed here")
+    if model.weights is not None:
+        lines.append(f"first weights: {model.weights}")
     if recipe.align is not None:
         target = recipe.align.components or encoder_spec(recipe.encoder.teacher).feature_size
         inner = recipe.align.inner_size or target
-        count = (recipe.model.hidden_size + 1) * inner + (inner + 1) * target
+        count = (model.hidden_size + 1) * inner + (inner + 1) * target
         lines.append(f"projector: {count:,} parameters, thrown away after training")
     return dump_recipe(recipe) + "".join(f"# {line}\n" for line in lines)

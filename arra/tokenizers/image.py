@@ -4,21 +4,24 @@ Legend: B batch, H W pixels, h w latent grid.
 """
 
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Float, Int, UInt8
-from pydantic import ValidationError
 from torch import Tensor
 
 from arra.errors import ArraError
+from arra.models.fitting import Fitting
+from arra.models.hub import Description, FromHub
+from arra.models.weights import Entry, Weights, read_weights
 from arra.runs import atomic_file, atomic_write, file_hash
 from arra.tokenizers.vq import VQModel, VQSettings
-from arra.tokenizers.weights import infer_vq_settings, load_vq_weights, read_vq_checkpoint
+from arra.tokenizers.weights import build_vq, describe_tokenizer, infer_vq_settings, vq_settings
 
 WEIGHTS_FILE, CARD_FILE = "tokenizer.safetensors", "tokenizer.json"
 EMBEDDED = "openmoji-vq4"
@@ -29,7 +32,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
-class ImageTokenizer:
+class ImageTokenizer(FromHub):
     """A VQ model that takes and gives pictures in batches of bounded size."""
 
     def __init__(self, model: VQModel, *, name: str, weights_hash: str | None, about: dict[str, Any] | None = None):
@@ -40,6 +43,14 @@ class ImageTokenizer:
     @property
     def num_codes(self) -> int:
         return self.model.settings.num_codes
+
+    @property
+    def codes_of(self) -> dict[str, Any]:
+        """Name and weights hash of the tokenizer whose codes these are: its own, or the one it shares them with.
+
+        A tokenizer whose decoder alone was trained further gives the codes of the one it was trained from.
+        """
+        return dict(self.about.get("codes_of") or {"tokenizer": self.name, "weights": self.weights_hash})
 
     @property
     def downsampling(self) -> int:
@@ -92,43 +103,79 @@ class ImageTokenizer:
         card |= {"sha256": file_hash(folder / WEIGHTS_FILE), "about": self.about}
         atomic_write(folder / CARD_FILE, json.dumps(card, indent=2) + "\n")
 
+    def _write_folder(self, folder: Path) -> None:
+        self.save(folder)
+
+    @classmethod
+    def _read_folder(cls, folder: Path, **options: Any) -> "ImageTokenizer":
+        return load_tokenizer(folder, **options)
+
+    @classmethod
+    def _read_file(cls, file: Path, **options: Any) -> "ImageTokenizer":
+        return load_tokenizer("llamagen", weights=file, **options)
+
+    def _describe(self) -> Description:
+        return describe_tokenizer(self.model, self.name, self.about)
+
 
 def load_tokenizer(
     name: str | Path,
     *,
     weights: str | Path | None = None,
-    entry: Literal["model", "ema"] = "model",
+    entry: Entry = "model",
+    ignore: Sequence[str] = (),
+    init_missing: Sequence[str] = (),
     **settings: Any,
 ) -> ImageTokenizer:
-    """An image tokenizer in eval mode.
+    """An image tokenizer in eval mode, in float32.
 
-    `name` is "openmoji-vq4" (ships with the package), a folder made by `save`, "llamagen-vq16", "llamagen-vq8", or
-    "llamagen" (every size from the weights; `ch_mult=` where several fit). `weights` is the checkpoint file of the
-    last three, `entry` the weights to take from it; other arguments are fields of `VQSettings`.
+    `name` is "openmoji-vq4" (ships with the package), "llamagen-vq16", "llamagen-vq8", "llamagen" (every size from the
+    weights) or a folder: one made by `save`, or LlamaGen's own (config.json and weights). `weights` is the checkpoint
+    of the LlamaGen names, `entry` the weights to take from it; keys that match `ignore` are left out, missing ones
+    that match `init_missing` get initial weights; other arguments are fields of `VQSettings`.
 
     Raises:
         ArraError: an unknown name, weights that are missing, damaged or do not fit.
     """
+    how = Fitting(ignore=tuple(ignore), init_missing=tuple(init_missing))
     if name == EMBEDDED:
-        tokenizer = _load_folder(Path(str(resources.files("arra.tokenizers") / EMBEDDED)))
+        tokenizer = _load_folder(Path(str(resources.files("arra.tokenizers") / EMBEDDED)), how)
         tokenizer.name = EMBEDDED
         return tokenizer
     folder = Path(name)
     if folder.is_dir():
-        return _load_folder(folder)
+        if (folder / "config.json").is_file() and not (folder / CARD_FILE).is_file():
+            return open_vq_weights(read_weights(folder, entry=entry), known=settings, how=how)
+        return _load_folder(folder, how)
     if name not in (*PUBLISHED, "llamagen"):
         known = ", ".join([EMBEDDED, "llamagen", *PUBLISHED])
         raise ArraError(f"tokenizer '{name}': neither a folder nor a known name; known are {known}")
     if weights is None:
         raise ArraError(f"tokenizer '{name}': its weights do not come with the package; give the file as weights=PATH")
-    state = read_vq_checkpoint(weights, entry=entry)
-    fields = infer_vq_settings(state, source=str(weights), known={**PUBLISHED.get(str(name), {}), **settings})
-    model = VQModel(_settings(str(weights), fields))
-    load_vq_weights(model, state, source=str(weights))
-    return ImageTokenizer(model, name=str(name), weights_hash=file_hash(weights))
+    known_settings = {**PUBLISHED.get(str(name), {}), **settings}
+    return open_vq_weights(read_weights(weights, entry=entry), known=known_settings, how=how, name=str(name))
 
 
-def _load_folder(folder: Path) -> ImageTokenizer:
+def open_vq_weights(
+    weights: Weights, *, known: dict[str, Any], how: Fitting, name: str | None = None
+) -> ImageTokenizer:
+    """A tokenizer in eval mode from weights in LlamaGen's names; `about` says where they come from.
+
+    Without a name it gets that of the published tokenizer of its shape, or of the source.
+
+    Raises:
+        ArraError: they are no VQ tokenizer's, or do not fit the settings.
+    """
+    source = str(weights.source)
+    fields = infer_vq_settings(weights.state, source=source, known=known)
+    model, left = build_vq(weights, vq_settings(source, fields), how)
+    published = {VQSettings(**shape): known_name for known_name, shape in PUBLISHED.items()}
+    name = name or published.get(model.settings) or weights.source.name.partition(".")[0]
+    origin = weights.facts() | left.facts()
+    return ImageTokenizer(model, name=name, weights_hash=file_hash(weights.files[0]), about={"origin": origin})
+
+
+def _load_folder(folder: Path, how: Fitting) -> ImageTokenizer:
     try:
         card = json.loads((folder / CARD_FILE).read_text())
         name, fields, expected = card["name"], dict(card["settings"]), card["sha256"]
@@ -136,24 +183,15 @@ def _load_folder(folder: Path) -> ImageTokenizer:
         raise ArraError(
             f"{folder / CARD_FILE}: not a readable tokenizer card ({error}); make the tokenizer again"
         ) from error
-    weights = folder / WEIGHTS_FILE
-    state = read_vq_checkpoint(weights)
-    found = file_hash(weights)
+    path = folder / WEIGHTS_FILE
+    weights = read_weights(path)
+    found = file_hash(path)
     if found != expected:
         raise ArraError(
-            f"{weights}: SHA-256 {found[:12]}... is not the card's; the file is damaged, make or fetch it again"
+            f"{path}: SHA-256 {found[:12]}... is not the card's; the file is damaged, make or fetch it again"
         )
-    model = VQModel(_settings(str(folder / CARD_FILE), fields))
-    load_vq_weights(model, {k: v.float() for k, v in state.items()}, source=str(weights))
+    model, _ = build_vq(weights, vq_settings(str(folder / CARD_FILE), fields), how)
     return ImageTokenizer(model, name=name, weights_hash=found, about=card.get("about"))
-
-
-def _settings(source: str, fields: dict[str, Any]) -> VQSettings:
-    try:
-        return VQSettings(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ArraError(f"{source}: tokenizer settings: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def to_float(images: UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:

@@ -19,6 +19,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from arra.settings import Settings
+from arra.tokenizers import strips
+from arra.tokenizers.entropy import code_entropy_loss
+
+DISTANCES_AT_A_TIME = 2**26
+"""Vectors times codes whose distances are in memory at once: 256 MiB in float32."""
 
 
 class VQSettings(Settings):
@@ -40,6 +45,13 @@ class VQSettings(Settings):
         return int(2 ** (len(self.ch_mult) - 1))
 
 
+def norm_silu_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
+    """A 3 x 3 convolution of the activated norm."""
+    if strips.usable(x):
+        return strips.norm_silu_conv(x, norm, conv)
+    return cast(Tensor, conv(F.silu(norm(x))))
+
+
 class ResnetBlock(nn.Module):
     """Two normed 3x3 convolutions with a skip."""
 
@@ -53,10 +65,12 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        """The block's output; without gradients it may be `x` itself, overwritten."""
+        h = norm_silu_conv(x, self.norm1, self.conv1)
         skip = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        return cast(Tensor, skip + h)
+        if strips.usable(x):
+            return strips.norm_silu_conv(h, self.norm2, self.conv2, added_to=skip)
+        return cast(Tensor, skip + norm_silu_conv(h, self.norm2, self.conv2))
 
 
 class AttnBlock(nn.Module):
@@ -97,6 +111,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if strips.usable(x):
+            return strips.upsample_conv(x, self.conv)
         return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
 
 
@@ -120,6 +136,11 @@ class Level(nn.Module):
             if self.attn:
                 x = self.attn[i](x)
         return cast(Tensor, getattr(self, self.step_name)(x)) if self.step_name else x
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """x with its channels together where that is the faster layout: a CPU's convolutions without gradients."""
+    return x.contiguous(memory_format=torch.channels_last) if strips.usable(x) else x
 
 
 def middle(channels: int) -> nn.ModuleList:
@@ -150,10 +171,10 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], s.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(laid_out(x))
         for block in (*self.conv_blocks, *self.mid):
             x = block(x)
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(x))))
+        return norm_silu_conv(x, self.norm_out, self.conv_out)
 
 
 class Decoder(nn.Module):
@@ -179,10 +200,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)
+        x = self.conv_in(laid_out(z))
         for block in (*self.mid, *self.conv_blocks):
             x = block(x)
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(x))))
+        return norm_silu_conv(x, self.norm_out, self.conv_out)
 
 
 @dataclass(frozen=True)
@@ -208,11 +229,15 @@ class Quantizer(nn.Module):
         rows = torch.empty(num_codes, code_dim).uniform_(-bound, bound)
         self.embedding.weight.data = F.normalize(rows, dim=-1)
 
+    @torch.no_grad()
     def nearest(self, z: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
         """Index of the nearest row for normalised vectors; the first of equals."""
         rows = F.normalize(self.embedding.weight, dim=-1)
-        distance = (z**2).sum(1, keepdim=True) + (rows**2).sum(1) - 2 * z @ rows.T
-        return distance.argmin(1)
+        found = []
+        for part in z.split(max(1, DISTANCES_AT_A_TIME // len(rows))):
+            distance = (part**2).sum(1, keepdim=True) + (rows**2).sum(1) - 2 * part @ rows.T
+            found.append(distance.argmin(1))
+        return torch.cat(found)
 
     def rows(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B E h w"]:
         """Normalised codebook rows, channels first."""
@@ -236,23 +261,6 @@ class Quantizer(nn.Module):
             commitment_loss=commitment * ((quantized.detach() - z) ** 2).mean(),
             entropy_loss=entropy,
         )
-
-
-def code_entropy_loss(
-    z: Float[Tensor, "N E"], rows: Float[Tensor, "K E"], *, temperature: float = 0.01
-) -> Float[Tensor, ""]:
-    """Mean entropy of each assignment minus entropy of the mean assignment: low when choices are sharp and varied.
-
-    Source: LlamaGen `vq_model.py`, `compute_entropy_loss` (its two 1e-5 terms included).
-    """
-    distance = (z**2).sum(1, keepdim=True) + (rows**2).sum(1) - 2 * z @ rows.T
-    affinity = -distance / temperature
-    p = affinity.softmax(1)
-    log_p = (affinity + 1e-5).log_softmax(1)
-    mean_p = p.mean(0)
-    sample_entropy = -(p * log_p).sum(1).mean()
-    mean_entropy = -(mean_p * (mean_p + 1e-5).log()).sum()
-    return sample_entropy - mean_entropy
 
 
 class VQModel(nn.Module):

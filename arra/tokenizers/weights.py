@@ -1,28 +1,25 @@
-"""LlamaGen's published tokenizer files, read safely into our VQ network.
+"""LlamaGen's tokenizer files as our VQ network, and our network as a file of theirs.
 
 Source: FoundationVision/LlamaGen, tokenizer/tokenizer_image (key names, file layout).
 """
 
+import re
 from collections.abc import Mapping
 from itertools import count, takewhile
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from arra.errors import ArraError
-from arra.models.llamagen import read_checkpoint
-from arra.tokenizers.vq import VQModel
+from arra.models.fitting import Fitted, Fitting, fit
+from arra.models.hub import Description, origin_facts
+from arra.models.weights import Weights
+from arra.tokenizers.vq import VQModel, VQSettings
 
-STRAY = "quantize.codebook_used"  # LlamaGen's usage window: a statistic, not a weight
-
-
-def read_vq_checkpoint(path: str | Path, *, entry: Literal["model", "ema"] = "model") -> dict[str, Tensor]:
-    """The tokenizer's state dict inside a checkpoint file, without the usage window."""
-    state = read_checkpoint(path, entry=entry)
-    state.pop(STRAY, None)
-    return state
+STRAY = "quantize.codebook_used"  # LlamaGen's statistic of the last codes, in its state dict but no weight
+USAGE_WINDOW_SIZE = 65536
 
 
 def infer_vq_settings(state: Mapping[str, Tensor], *, source: str, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,13 +28,15 @@ def infer_vq_settings(state: Mapping[str, Tensor], *, source: str, known: Mappin
     Raises:
         ArraError: the file has none of a VQ tokenizer's tensors.
     """
-    needed = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight")
+    needed = {"encoder.conv_in.weight": 4, "encoder.conv_out.weight": 4, "quantize.embedding.weight": 2}
     if missing := [key for key in needed if key not in state]:
         raise ArraError(f"{source}: no VQ tokenizer inside, {', '.join(missing)} missing; pass a LlamaGen VQ file")
+    if odd := [key for key, dims in needed.items() if state[key].dim() != dims]:
+        raise ArraError(f"{source}: no VQ tokenizer inside: {odd[0]} is {tuple(state[odd[0]].shape)}")
     channels = state["encoder.conv_in.weight"].shape[0]
     first = "encoder.conv_blocks.{}.res.0.conv1.weight"
     widths = [state[first.format(i)].shape[0] for i in takewhile(lambda i: first.format(i) in state, count())]
-    if not widths:
+    if not widths or not channels:
         raise ArraError(f"{source}: a VQ tokenizer of another kind (no encoder.conv_blocks); pass a LlamaGen VQ file")
     blocks = sum(k.startswith("encoder.conv_blocks.0.res.") and k.endswith(".conv1.weight") for k in state)
     num_codes, code_dim = state["quantize.embedding.weight"].shape
@@ -52,22 +51,89 @@ def infer_vq_settings(state: Mapping[str, Tensor], *, source: str, known: Mappin
     return {**told, **known}
 
 
-def load_vq_weights(model: VQModel, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Nothing; the model holds the weights.
+def vq_settings(source: str, fields: dict[str, Any]) -> VQSettings:
+    """The settings of these fields.
+
+    Raises:
+        ArraError: a field does not do.
+    """
+    try:
+        return VQSettings(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ArraError(f"{source}: tokenizer settings: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def build_vq(weights: Weights, settings: VQSettings, how: Fitting) -> tuple[VQModel, Fitted]:
+    """A network in eval mode with these weights, and what was left over of them.
 
     Raises:
         ArraError: keys are missing, unexpected or of another shape; all of them are named.
     """
-    own = model.state_dict()
-    faults = [f"missing {key}" for key in own if key not in state]
-    faults += [f"unexpected {key}" for key in state if key not in own]
-    faults += [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in state and state[key].shape != value.shape
+    with torch.device("meta"):
+        model = VQModel(settings)
+    stray, source = re.compile(re.escape(STRAY)), str(weights.source)
+    left = fit(
+        model, weights.state, source=source, fresh=lambda: _fresh(settings), stray=stray, how=how, what="tokenizer"
+    )
+    return model.eval(), left
+
+
+def _fresh(settings: VQSettings) -> VQModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VQModel(settings)
+
+
+def original_vq_state(model: VQModel, dtype: torch.dtype, *, source: str) -> dict[str, Tensor]:
+    """The state dict as LlamaGen's own class has it, its usage window empty.
+
+    Raises:
+        ArraError: LlamaGen's configuration has no word for the network.
+    """
+    settings = model.settings
+    lacks = []
+    if settings.channels != 128:
+        lacks.append(f"{settings.channels} base channels, LlamaGen's configuration has 128 only")
+    if settings.num_res_blocks != 2:
+        lacks.append(f"{settings.num_res_blocks} residual blocks per level, LlamaGen's configuration has 2 only")
+    if lacks:
+        raise ArraError(f"{source}: LlamaGen cannot build this tokenizer: {'; '.join(lacks)}; keep it in arra's format")
+    state = {key: value.detach().to(dtype).contiguous() for key, value in model.state_dict().items()}
+    return {STRAY: torch.zeros(USAGE_WINDOW_SIZE), **state}
+
+
+def vq_launch_hint(settings: VQSettings, *, file: str) -> str:
+    """What LlamaGen's scripts must be told to run a tokenizer exported to `file`."""
+    names = {(1, 1, 2, 2, 4): "VQ-16", (1, 2, 2, 4): "VQ-8"}
+    if settings.ch_mult in names and settings.z_channels == 256:
+        sizes = f"--codebook-size {settings.num_codes} --codebook-embed-dim {settings.code_dim}"
+        return f"--vq-ckpt {file} --vq-model {names[settings.ch_mult]} {sizes}"
+    fields = {
+        "encoder_ch_mult": list(settings.ch_mult),
+        "decoder_ch_mult": list(settings.ch_mult),
+        "z_channels": settings.z_channels,
+        "codebook_size": settings.num_codes,
+        "codebook_embed_dim": settings.code_dim,
+    }
+    told = ", ".join(f"{name}={value}" for name, value in fields.items())
+    return f"{file} is of no model of LlamaGen's scripts; in Python: VQModel(ModelArgs({told}))"
+
+
+def describe_tokenizer(model: VQModel, name: str, about: dict[str, Any]) -> Description:
+    """The model card of a tokenizer."""
+    settings, licence = model.settings, about.get("licence")
+    facts = [
+        ("parameters", f"{model.num_parameters():,}"),
+        ("pixels per code", f"{settings.downsampling} x {settings.downsampling}"),
+        ("codebook", f"{settings.num_codes} codes of {settings.code_dim} dimensions"),
+        *origin_facts(about),
     ]
-    if faults:
-        raise ArraError(f"{source}: does not fit the tokenizer settings: {'; '.join(faults)}")
-    with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(state[key])
+    return Description(
+        kind="vq",
+        title=f"Image tokenizer {name}",
+        pipeline_tag="image-feature-extraction",
+        facts=facts,
+        usage='from arra.tokenizers import ImageTokenizer\n\ntokenizer = ImageTokenizer.from_pretrained("{repo}")',
+        licence=licence if isinstance(licence, str) else None,
+    )

@@ -78,7 +78,8 @@ def restore_optimizer(
         prefix = f"optimizer.{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if state:
-            # scalars (AdamW's step count) stay on the CPU, where a fresh optimiser holds them too
+            # scalars (AdamW's step count) lie where a fresh optimiser holds them: beside a fused one's parameters
+            beside = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
             optimizer.state[parameter] = {
-                key: value.to(parameter.device if value.dim() else "cpu", copy=True) for key, value in state.items()
+                key: value.to(parameter.device if value.dim() else beside, copy=True) for key, value in state.items()
             }

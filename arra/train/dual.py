@@ -4,6 +4,7 @@ Half of the pictures it sees went through the tokenizer, since what it will judg
 Legend: N pictures, B batch, L text ids, H W pixels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from arra.data.batches import generator
 from arra.encoders.dual import DualEncoder, DualSettings, padded_ids
 from arra.train.settings import DualTrainSettings
-from arra.train.tokenizer import warmup_cosine
 
 
 def train_dual_encoder(
@@ -42,7 +42,7 @@ def train_dual_encoder(
         which = torch.rand(settings.batch_size, generator=chance).tolist()
         ids = padded_ids([list(each[int(share * len(each))]) for each, share in zip(names, which, strict=True)])
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * warmup_cosine(step, settings.steps, 50)
+            group["lr"] = settings.learning_rate * _warmup_cosine(step, settings.steps)
         shown = shifted(images.permute(0, 3, 1, 2).float() / 127.5 - 1, chance)
         scores = encoder.log_scale.exp() * encoder.embed_pictures(shown) @ encoder.embed_captions(ids).T
         same = (ids[:, None] == ids[None]).all(2).float()
@@ -53,6 +53,13 @@ def train_dual_encoder(
         optimizer.step()
         progress(step + 1)
     return encoder.eval().requires_grad_(False)
+
+
+def _warmup_cosine(step: int, steps: int, warmup_steps: int = 50) -> float:
+    """The share of the learning rate at a step: up linearly, then down a cosine to 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 def shifted(images: Float[Tensor, "B 3 H W"], chance: torch.Generator) -> Float[Tensor, "B 3 H W"]:

@@ -8,9 +8,10 @@ Legend: B batch, P image positions.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from arra.runs import Run
 from arra.train.checkpoints import newest_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from arra.train.interrupt import TrainingInterrupted, interruptible
 from arra.train.objective import Losses, compute_losses, next_token_losses
-from arra.train.optimizer import learning_rate, make_optimizers
+from arra.train.optimizer import clip_gradients, learning_rate, make_optimizers
 from arra.train.settings import TrainSettings
 
 
@@ -33,7 +34,7 @@ class Trainer:
     model: Decoder
     alignment: Alignment | None
     batches: Batches
-    validation: list[TrainBatch]
+    validation: Sequence[TrainBatch]
     settings: TrainSettings
     run: Run
     preview: Callable[[Decoder, int], None] | None = None
@@ -43,6 +44,8 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.device = self.model.device
         self.parameters = dict(self.model.named_parameters())
+        self.constants = {n: v for n, v in self.model.state_dict(keep_vars=True).items() if n not in self.parameters}
+        """What is saved with the model and not trained: the null caption."""
         self.projector = dict(self.alignment.named_parameters()) if self.alignment is not None else {}
         self.names: dict[nn.Parameter, str] = {p: f"model.{n}" for n, p in self.parameters.items()}
         self.names |= {p: f"align.{n}" for n, p in self.projector.items()}
@@ -78,16 +81,16 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, s)
         losses = self.accumulate(self.batches.batch(self.step))
-        grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), s.clip_norm))
+        grad_norm = clip_gradients(list(self.parameters.values()), s.clip_norm)
         if self.projector:
-            nn.utils.clip_grad_norm_(self.projector.values(), s.clip_norm)
+            clip_gradients(list(self.projector.values()), s.clip_norm)
         if not (math.isfinite(losses.total.item()) and math.isfinite(grad_norm)):
             raise FloatingPointError(f"step {self.step}: loss {losses.total.item()}, gradient norm {grad_norm}")
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
         if self.average is not None and s.ema_decay is not None:
-            decay = min(s.ema_decay, (1 + self.step) / (10 + self.step))
+            decay = min(s.ema_decay, (1 + self.step) / (10 + self.step)) if s.ema_warmup else s.ema_decay
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
         return losses, grad_norm
@@ -97,7 +100,7 @@ class Trainer:
         size, rows = self.settings.micro_batch_size or len(batch.tokens), len(batch.tokens)
         sums: list[Tensor] = []
         for start in range(0, rows, size):
-            part = move(select(batch, slice(start, start + size)), self.device)
+            part = move(select(batch, slice(start, start + size)), self.model)
             losses = compute_losses(self.model, part, self.alignment, z_weight=self.settings.z_weight)
             share = len(part.tokens) / rows
             (losses.total * share).backward()
@@ -139,6 +142,7 @@ class Trainer:
     def save(self) -> None:
         """Nothing; the newest checkpoint is this step's."""
         tensors = {name: parameter.detach() for parameter, name in self.names.items()}
+        tensors |= {f"model.{name}": value for name, value in self.constants.items()}
         for optimizer in self.optimizers:
             tensors |= optimizer_tensors(optimizer, self.names)
         if self.average is not None:
@@ -161,6 +165,8 @@ class Trainer:
         with torch.no_grad():
             for parameter, name in self.names.items():
                 parameter.copy_(checkpoint.tensors[name])
+            for name, value in self.constants.items():
+                value.copy_(checkpoint.tensors[f"model.{name}"])
             for name, value in (self.average or {}).items():
                 value.copy_(checkpoint.tensors[f"average.{name}"])
         for optimizer in self.optimizers:
@@ -184,14 +190,14 @@ class Trainer:
 
 
 @torch.no_grad()
-def validation_loss(model: Decoder, batches: list[TrainBatch]) -> float:
+def validation_loss(model: Decoder, batches: Sequence[TrainBatch]) -> float:
     """Nats per code over all batches, each code counted once; the model's mode is left as it was."""
     training = model.training
     model.eval()
     total, count = 0.0, 0
     for batch in batches:
-        batch = move(batch, model.device)
-        hidden = model(batch.tokens[:, :-1], prefix_mask=batch.prefix_mask).last_hidden
+        batch = move(batch, model)
+        hidden = model(batch.tokens[:, :-1], **batch.inputs()).last_hidden
         losses, _ = next_token_losses(model, hidden, batch)
         total, count = total + losses.double().sum().item(), count + len(losses)
     model.train(training)
@@ -203,18 +209,14 @@ def select(batch: TrainBatch, rows: slice) -> TrainBatch:
     return on_each_part(batch, lambda part: part[rows])
 
 
-def move(batch: TrainBatch, device: torch.device) -> TrainBatch:
-    """The batch on a device."""
-    return on_each_part(batch, lambda part: part.to(device))
+def move(batch: TrainBatch, model: Decoder) -> TrainBatch:
+    """The batch where the model is, caption features in the model's type."""
+    moved = on_each_part(batch, lambda part: part.to(model.device))
+    return moved if moved.caption is None else replace(moved, caption=moved.caption.to(model.norm.weight.dtype))
 
 
 def on_each_part(batch: TrainBatch, change: Callable[[Tensor], Tensor]) -> TrainBatch:
     """The batch with every tensor changed."""
-    return TrainBatch(
-        tokens=change(batch.tokens),
-        labels=change(batch.labels),
-        code_mask=change(batch.code_mask),
-        prefix_mask=change(batch.prefix_mask),
-        features=None if batch.features is None else change(batch.features),
-        rows=None if batch.rows is None else change(batch.rows),
-    )
+    parts = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    changed: dict[str, Any] = {name: None if part is None else change(part) for name, part in parts.items()}
+    return TrainBatch(**changed)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arra.align import Alignment
 from arra.data.batches import TrainBatch
-from arra.models import Decoder
+from arra.models import Decoder, lean
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,28 @@ def next_token_losses(
 
 
 def compute_losses(model: Decoder, batch: TrainBatch, alignment: Alignment | None, *, z_weight: float = 0.0) -> Losses:
-    """All terms of a batch. With an alignment of weight 0 the term is measured and sends no gradient."""
+    """All terms of a batch; gradients flow from `total`, and from `gva` where it is trained on.
+
+    With an alignment of weight 0 the term is measured and sends no gradient.
+    """
     capture = (alignment.layer,) if alignment is not None else ()
-    output = model(batch.tokens[:, :-1], prefix_mask=batch.prefix_mask, capture=capture)
-    ntp_each, z_each = next_token_losses(model, output.last_hidden, batch)
-    ntp, z = ntp_each.mean(), z_each.mean()
-    total = ntp + z_weight * z if z_weight else ntp
+    output = model(batch.tokens[:, :-1], **batch.inputs(), capture=capture)
+    total, ntp, z = _next_token(model, output.last_hidden, batch, z_weight)
     if alignment is None or batch.features is None:
         return Losses(total, ntp, z, None)
     with torch.set_grad_enabled(torch.is_grad_enabled() and alignment.weight > 0):
         gva = alignment(output.captured[alignment.layer], batch.features, batch.predicting)
     return Losses(total + alignment.weight * gva if alignment.weight else total, ntp, z, gva)
+
+
+def _next_token(
+    model: Decoder, last_hidden: Float[Tensor, "B T D"], batch: TrainBatch, z_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss to train on, its next-token part and its z; slice by slice where the logits need not all exist."""
+    if lean.usable(last_hidden, model.output):
+        hidden, labels = last_hidden[batch.predicting], batch.labels[:, 1:][batch.predicting]
+        shares = hidden.new_full((len(labels),), 1 / max(1, len(labels)))
+        return lean.head_loss(hidden, model.output.weight, labels, shares=shares, z_weight=z_weight)
+    ntp_each, z_each = next_token_losses(model, last_hidden, batch)
+    ntp, z = ntp_each.mean(), z_each.mean()
+    return ntp + z_weight * z if z_weight else ntp, ntp.detach(), z.detach()

@@ -4,7 +4,7 @@ Legend: M N sides of a matrix, G matrices of one shape.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,8 @@ from arra.train.settings import TrainSettings
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+FUSED_DEVICES = ("cpu", "cuda")
+"""Where one kernel updates a tensor: a third of the time of torch's loop on a CPU, and no temporary of its size."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -82,11 +84,22 @@ def make_optimizers(parameters: dict[str, nn.Parameter], settings: TrainSettings
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": s.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, s.learning_rate, s.betas, eps=1e-8)
+    fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in rest)
+    adamw = torch.optim.AdamW(groups, s.learning_rate, s.betas, eps=1e-8, fused=fused)
     if not inner:
         return [adamw]
     matrices = [parameters[name] for name in parameters if name in inner]
     return [Muon(matrices, s.learning_rate, momentum=s.muon_momentum, weight_decay=s.weight_decay), adamw]
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> float:
+    """The norm of all gradients together; they are scaled down to `most` if it is more, else not touched."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = float(nn.utils.get_total_norm(gradients))
+    if norm > most:
+        torch._foreach_mul_(gradients, most / (norm + 1e-6))
+    return norm
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:

@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from arra.data.crops import CropSettings
 from arra.settings import Settings
 
 
@@ -48,13 +49,16 @@ class TrainSettings(Settings):
     clip_norm: float = Field(1.0, gt=0)
     z_weight: float = Field(0.0, ge=0)
     condition_dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of prompts replaced by the empty one, so that guidance has its unconditional model."""
+    """Share of conditions replaced by the empty prompt, the null class or the null caption, so that guidance has its
+    unconditional model."""
     alternative_share: float = Field(0.3, ge=0, le=1)
-    """Share of prompts replaced by another name of the same picture, where it has one."""
+    """Share of prompts replaced by another text of the same picture, where it has one; of captions by the short one."""
     word_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of a prompt's text ids left out, each on its own: words must count singly, not captions as a whole."""
     ema_decay: float | None = Field(None, ge=0, lt=1)
     """Decay of averaged weights; when set, these are validated and saved as the model."""
+    ema_warmup: bool = True
+    """Average over fewer steps at first; false is a constant decay, as LlamaGen has it."""
     seed: int = Field(0, ge=0)
     threads: int | None = Field(None, gt=0)
     """CPU threads of the process; null leaves torch's choice. Another number may round differently."""
@@ -66,27 +70,90 @@ class TrainSettings(Settings):
     keep_checkpoints: int = Field(2, gt=0)
 
 
-class TokenizerTrainSettings(Settings):
-    """How a tokenizer is trained."""
+AdversarialLoss = Literal["hinge", "vanilla", "non_saturating"]
 
+
+class AdversarialSettings(Settings):
+    """The patch discriminator beside a tokenizer, and its loss. The defaults are LlamaGen's."""
+
+    loss: AdversarialLoss = "hinge"
+    """vanilla: cross-entropy, the tokenizer minimises log(1 - p); non_saturating: it minimises -log p."""
+    start_step: int = Field(20_000, ge=0)
+    """Steps without it at first: neither run nor trained. LlamaGen fine-tunes with 0."""
+    weight: float = Field(0.5, ge=0)
+    """Factor beside the tokenizer's other losses."""
+    adaptive: bool = False
+    """Also multiply by the ratio of gradient norms at the decoder's last layer, reconstruction over adversarial."""
+    num_layers: int = Field(3, gt=0, le=6)
+    """Strided convolutions; pictures must have 3 * 2^num_layers pixels a side, so 24 with 3."""
+    channels: int = Field(64, gt=0)
+    """Of the first convolution."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Follows the schedule of the tokenizer's."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class PerceptualSettings(Settings):
+    """LPIPS with VGG16, whose weights are files of the user's."""
+
+    files: tuple[str, ...] = Field(min_length=1, max_length=2)
+    """torchvision's vgg16-397923af.pth, and vgg.pth of LPIPS 0.1; the second may be left out beside torchmetrics."""
+    weight: float = Field(1.0, ge=0)
+    """Factor beside the other losses; LlamaGen's is 1."""
+
+
+class TokenizerTrainSettings(Settings):
+    """How a tokenizer is trained. Where LlamaGen's value is another, it is named."""
+
+    part: Literal["all", "decoder"] = "all"
+    """decoder: all that codes depend on stays as it is, bit for bit; it needs a tokenizer to start from."""
     steps: int = Field(10_000, gt=0)
     batch_size: int = Field(16, gt=0)
+    """LlamaGen: 128."""
     learning_rate: float = Field(1e-3, gt=0)
+    """LlamaGen: 1e-4."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: down to zero at the last step, or as it is (LlamaGen)."""
     warmup_steps: int = Field(100, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.01, ge=0)
+    """LlamaGen: 0 (its paper says 0.05)."""
     clip_norm: float = Field(1.0, gt=0)
+    l2_weight: float = Field(1.0, ge=0)
     l1_weight: float = Field(0.1, ge=0)
+    """LlamaGen: 0."""
+    perceptual: PerceptualSettings | None = None
+    adversarial: AdversarialSettings | None = None
+    codebook_weight: float = Field(1.0, ge=0)
     commitment: float = Field(0.25, ge=0)
     entropy_weight: float = Field(0.0, ge=0)
-    restart_every_steps: int = Field(100, gt=0)
-    """Codes unused over this many steps restart, during the first half of training."""
+    restart_every_steps: int | None = Field(100, gt=0)
+    """Codes unused over this many steps restart, during the first half of training; null never (LlamaGen)."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
-    """Decay of the averaged weights, which are what is saved."""
+    """Decay of the averaged weights, which are what is saved; LlamaGen: 0.9999."""
+    crop: CropSettings | None = None
+    """Read pictures while training, in this crop (`kind: random`, LlamaGen); null holds all in memory, as follows."""
     augment: float = Field(0.3, ge=0, le=1)
-    """Share of pictures that are scaled, shifted and recoloured; the others are seen as they are (or mirrored)."""
+    """Share of pictures in memory that are scaled, shifted and recoloured; the others are seen as they are (or
+    mirrored)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: mixed precision outside the quantiser and the losses."""
+    device: str = "auto"
+    workers: int | None = Field(None, ge=0)
+    """Processes that read pictures; null takes the cores but one."""
+    log_every_steps: int = Field(100, gt=0)
     checkpoint_every_steps: int = Field(200, gt=0)
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TokenizerTrainSettings":
+        perceptual = 0.0 if self.perceptual is None else self.perceptual.weight
+        if not self.l2_weight + self.l1_weight + perceptual:
+            raise ValueError("l2_weight and l1_weight are 0: nothing asks for the picture back; raise one of them")
+        if self.crop is not None and self.crop.kind != "random":
+            raise ValueError(f"crop: expected kind 'random', found '{self.crop.kind}'; null takes the middle square")
+        return self
 
 
 class DualTrainSettings(Settings):

@@ -11,22 +11,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arra.data.batches import NOTHING, Batches, InMemory, TrainBatch, text_batch
+from arra.data.conditions import TextConditions
 from arra.data.layout import BOI, PAD, text_prefix
 from arra.data.order import mix
 from arra.errors import ArraError
 
+TOLD = ("captions", "dropout", "alternative_share", "word_dropout")
+
 
 def make(**changes: Any) -> Batches:
     count = changes.pop("count", 11)
-    fields: dict[str, Any] = {
+    told: dict[str, Any] = {
         "captions": [[[10 + row], [100 + row, 5], [200 + row]] for row in range(count)],
+        "length": 5,
+    }
+    told |= {name: changes.pop(name) for name in TOLD if name in changes}
+    fields: dict[str, Any] = {
+        "conditions": TextConditions(**told),
         "pictures": InMemory(
             torch.arange(count * 6).view(count, 6), torch.arange(count).float()[:, None].expand(-1, 3)
         ),
-        "prefix_length": 5,
         "batch_size": 4,
-        "condition_dropout": 0.0,
-        "alternative_share": 0.0,
         "seed": 0,
     }
     return Batches(**{**fields, **changes})
@@ -52,6 +57,7 @@ def rows_of(batches: Batches, steps: range) -> list[int]:
 
 
 def prompt_ids(batch: TrainBatch) -> list[tuple[int, ...]]:
+    assert batch.prefix_mask is not None
     length = batch.prefix_mask.shape[1]
     pairs = zip(batch.tokens[:, :length], batch.prefix_mask, strict=True)
     return [tuple(tokens[mask].tolist()) for tokens, mask in pairs]
@@ -69,7 +75,7 @@ def test_every_epoch_is_a_permutation(count: int, batch_size: int) -> None:
 
 
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
-    options: dict[str, Any] = {"condition_dropout": 0.3, "alternative_share": 0.5}
+    options: dict[str, Any] = {"dropout": 0.3, "alternative_share": 0.5}
     forward = make(**options)
     in_order = [forward.batch(step) for step in range(30)]
     torch.manual_seed(5)
@@ -84,8 +90,12 @@ def test_a_batch_is_a_function_of_seed_and_step() -> None:
 def test_one_setting_does_not_shift_the_randomness_of_another() -> None:
     """Baseline and variants see the same pictures, and the same prompts wherever they may."""
     base = make(count=50, batch_size=50, alternative_share=0.5)
-    dropping = replace(base, condition_dropout=0.3)
-    bare = replace(dropping, pictures=InMemory(held(base).codes), alternative_share=0.0)
+    told = base.conditions
+    assert isinstance(told, TextConditions)
+    dropping = replace(base, conditions=replace(told, dropout=0.3))
+    bare = replace(
+        base, pictures=InMemory(held(base).codes), conditions=replace(told, dropout=0.3, alternative_share=0.0)
+    )
     for step in range(3):
         kept = 0
         ours, dropped, plain = base.batch(step), dropping.batch(step), bare.batch(step)
@@ -101,7 +111,7 @@ def test_one_setting_does_not_shift_the_randomness_of_another() -> None:
 
 @pytest.mark.parametrize(("dropout", "alternatives"), [(0.0, 0.0), (0.1, 0.3), (0.5, 1.0), (0.0, 1.0)])
 def test_shares_of_prompts(dropout: float, alternatives: float) -> None:
-    batches = make(count=100, batch_size=100, condition_dropout=dropout, alternative_share=alternatives)
+    batches = make(count=100, batch_size=100, dropout=dropout, alternative_share=alternatives)
     kinds: Counter[str] = Counter()
     for step in range(40):
         batch = batches.batch(step)
@@ -156,6 +166,7 @@ def test_layout_of_any_batch(prompts: list[list[int]], num_codes: int, spare: in
     assert torch.equal(batch.labels[:, 1:][batch.predicting].view_as(codes), codes)
     assert (batch.labels[~batch.code_mask] == NOTHING).all()
     assert torch.equal(batch.labels != NOTHING, batch.code_mask)
+    assert batch.prefix_mask is not None
     for row, ids in enumerate(prompts):
         assert batch.tokens[row, :length].tolist() == [PAD] * (length - len(ids) - 1) + ids + [BOI]
         assert batch.prefix_mask[row].tolist() == [False] * (length - len(ids) - 1) + [True] * (len(ids) + 1)
@@ -179,7 +190,7 @@ def joined(parts: list[TrainBatch]) -> TrainBatch:
 @pytest.mark.parametrize("kind", ["plain", "weighted", "buckets"])
 def test_the_parts_of_all_ranks_are_the_whole_batch(num_ranks: int, kind: str) -> None:
     """Also where a batch is smaller than the ranks are many, and whoever asks for a step first."""
-    options: dict[str, Any] = {"condition_dropout": 0.3, "alternative_share": 0.5, "word_dropout": 0.2}
+    options: dict[str, Any] = {"dropout": 0.3, "alternative_share": 0.5, "word_dropout": 0.2}
     if kind == "weighted":
         options |= {"counts": (4, 7), "weights": (2.0, 0.5)}
     if kind == "buckets":

@@ -20,6 +20,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"kind": "center"},
     {"kind": "flip"},
     {"kind": "ten_crop", "range": 1.1},
+    {"kind": "ten_crop", "range": (1.1, 1.05)},
     {"kind": "random", "min_fraction": 0.5},
     {"kind": "buckets", "patch": 8},
 )
@@ -44,6 +45,8 @@ def ramp(width: int, height: int) -> Image.Image:
         ({"kind": "flip"}, "flip(center_crop(256))"),
         ({"kind": "ten_crop", "range": 1.1}, "ten_crop(256, range=1.1)"),
         ({"kind": "ten_crop"}, "ten_crop(256, range=1)"),
+        ({"kind": "ten_crop", "range": [1.1]}, "ten_crop(256, range=1.1)"),
+        ({"kind": "ten_crop", "range": [1.1, 1.05]}, "ten_crop(256, range=1.1+1.05)"),
         ({"kind": "random"}, "random_crop(256, fraction=0.8..1, flip=0.5)"),
         ({"kind": "random", "min_fraction": 1, "flip_share": 0}, "random_crop(256, fraction=1..1, flip=0)"),
         ({"kind": "buckets"}, "buckets(256, patch=32, ratio<=4)"),
@@ -90,6 +93,10 @@ def test_fields_of_another_kind_are_refused(values: dict[str, Any]) -> None:
     [
         {"kind": "ten_crop", "range": 0.9},
         {"kind": "ten_crop", "range": math.nan},
+        {"kind": "ten_crop", "range": [1.1, 0.9]},
+        {"kind": "ten_crop", "range": []},
+        {"kind": "ten_crop", "range": [1.1, 1.1]},
+        {"kind": "center", "range": [1.1, 1.05]},
         {"kind": "random", "min_fraction": 0},
         {"kind": "random", "flip_share": 1.1},
         {"kind": "buckets", "max_ratio": math.inf},
@@ -143,6 +150,15 @@ def test_llamagens_ranges() -> None:
         image = picture(whole, whole)
         last = Crop(CropSettings(kind="ten_crop", range=scale), size).views(image)[3]
         np.testing.assert_array_equal(last, np.asarray(image)[-size:, -size:])
+
+
+def test_two_ranges_are_the_crops_of_one_and_of_the_other() -> None:
+    image = picture(90, 71)
+    both, *each = (Crop(CropSettings(kind="ten_crop", range=r), 32) for r in ((1.5, 1.05), 1.5, 1.05))
+    assert both.num_variants == 20
+    for size in (32, 48):
+        expected = np.concatenate([crop.views(image, size=size) for crop in each])
+        np.testing.assert_array_equal(both.views(image, size=size), expected)
 
 
 def plain_random_crop(image: Image.Image, size: int, least: float, draw: Draw) -> np.ndarray:
@@ -236,7 +252,7 @@ def test_buckets_need_whole_patches() -> None:
         Crop(CropSettings(kind="buckets"), 500)
 
 
-@pytest.mark.parametrize("values", KINDS, ids=[each["kind"] for each in KINDS])
+@pytest.mark.parametrize("values", KINDS, ids=str)
 @pytest.mark.parametrize(("width", "height"), [(400, 300), (170, 390)])
 def test_every_size_shows_the_same_region(values: dict[str, Any], width: int, height: int) -> None:
     """A pixel of a ramp tells its place, so corners of the views must agree to about a pixel of the coarser one."""
@@ -258,7 +274,7 @@ def test_every_size_shows_the_same_region(values: dict[str, Any], width: int, he
                     assert np.abs(left - right).max() < 1.6 * step
 
 
-@pytest.mark.parametrize("values", KINDS, ids=[each["kind"] for each in KINDS])
+@pytest.mark.parametrize("values", KINDS, ids=str)
 def test_views_are_pure_and_fit_torch(values: dict[str, Any]) -> None:
     image = picture(75, 40)
     before = image.tobytes()

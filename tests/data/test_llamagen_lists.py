@@ -115,10 +115,13 @@ def test_caption_features(folder: Path) -> None:
     source = LlamaGenListSource(path=str(folder / "lists"), caption_features=str(folder / "t5"))
     assert source.caption_feature_path("a/0") == folder / "t5" / "a" / "0.npy"
     assert source.caption_feature_path("a/0").is_file()
-    with pytest.raises(ArraError, match="caption_features is not set"):
-        LlamaGenListSource(path="x").caption_feature_path("a/0")
-    with pytest.raises(ArraError, match=r"caption_features .* is no folder"):
-        scan(folder, caption_features=str(folder / "none"))
+    short = LlamaGenListSource(path=str(folder / "lists"), short_caption_features=str(folder / "t5"))
+    assert short.caption_feature_path("a/0", short=True) == folder / "t5" / "a" / "0.npy"
+    for name in ("caption_features", "short_caption_features"):
+        with pytest.raises(ArraError, match=f" {name} is not set"):
+            LlamaGenListSource(path="x").caption_feature_path("a/0", short=name.startswith("short"))
+        with pytest.raises(ArraError, match=rf" {name} .* is no folder"):
+            scan(folder, **{name: str(folder / "none")})
 
 
 def test_lists_that_cannot_be_used(folder: Path) -> None:
@@ -161,6 +164,40 @@ def test_codes_come_out_as_they_went_in(extracted: Path) -> None:
         assert read.dtype == np.int32
         assert np.array_equal(read, np.arange(90).reshape(10, 9) + number)
     assert source.class_names() == ("0", "1", "2", "3", "4")
+
+
+def test_the_folder_of_the_other_range_lies_beside(tmp_path: Path) -> None:
+    """As LlamaGen finds it: `ten_crop/` becomes `ten_crop_105/` in the path."""
+    first, second = (tmp_path / f"c2i_flip_{name}" / "imagenet48_codes" for name in ("ten_crop", "ten_crop_105"))
+    for path in (first, second, tmp_path / "other_codes"):
+        path.mkdir(parents=True)
+    source = LlamaGenCodesSource(path=str(first))
+    assert source.folders((1.1,)) == (first,)
+    assert source.folders((1.1, 1.05)) == (first, second)
+    named = LlamaGenCodesSource(path=str(first), second=str(tmp_path / "other_codes"))
+    assert named.folders((1.1, 1.2)) == (first, tmp_path / "other_codes")
+    np.save(first / "0.npy", np.array([[1, 2, 3, 4]]))
+    np.save(second / "0.npy", np.array([[5, 6, 7, 8]]))
+    assert source.read_codes("0").tolist() == [[1, 2, 3, 4]]
+    assert source.read_codes("0", folder=second).tolist() == [[5, 6, 7, 8]]
+
+
+def test_other_ranges_that_have_no_folder(extracted: Path, tmp_path: Path) -> None:
+    source = codes(extracted)
+    for ranges, message in (
+        ((1.1, 1.05), "no folder above it ends in ten_crop, so none of range 1.05 lies beside; name it as 'second'"),
+        ((1.1, 1.2), "second code folder is of range 1.05, data.crop.range says 1.2; name the folder"),
+        ((1.1, 1.05, 1.2), "data.crop.range has 3 numbers, code folders are of one or two"),
+    ):
+        with pytest.raises(ArraError, match=message):
+            source.folders(ranges)
+    with pytest.raises(ArraError, match=r"'second' names a second code folder, data.crop.range has one number"):
+        codes(extracted, second=str(extracted)).folders((1.1,))
+    with pytest.raises(ArraError, match=r"no folder .*none, for the codes of range 1.2; name it as 'second'"):
+        codes(extracted, second=str(extracted / "none")).folders((1.1, 1.2))
+    (tmp_path / "ten_crop" / "x_codes").mkdir(parents=True)
+    with pytest.raises(ArraError, match=r"no folder .*ten_crop_105/x_codes, for the codes of range 1.05"):
+        LlamaGenCodesSource(path=str(tmp_path / "ten_crop" / "x_codes")).folders((1.1, 1.05))
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int16, np.uint16, ">i4"])

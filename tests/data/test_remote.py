@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import arra.data.remote
 from arra.data.batches import Batches
+from arra.data.conditions import TextConditions
 from arra.data.index import build_index
 from arra.data.order import Plan, part_of
 from arra.data.records import Failure, ImageRef, Record, Source
@@ -505,12 +506,9 @@ def batches_of(store: Store, *, window: int, batch_size: int, kind: type[StoredP
     columns = ["codes", "features.small"]
     rows = store.rows("train", columns=columns)
     return Batches(
-        captions=[[[row]] for row in range(len(rows))],
+        conditions=TextConditions([[[row]] for row in range(len(rows))], 4),
         pictures=kind(rows, store.reader("codes"), store.reader("features.small")),
-        prefix_length=4,
         batch_size=batch_size,
-        condition_dropout=0.0,
-        alternative_share=0.0,
         seed=0,
         counts=store.source_counts(rows),
         weights=(1.0, 1.0),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arra.errors import ArraError
-from arra.evaluate.retrieval import recall_at, retrieval_ranks
+from arra.evaluate.retrieval import class_ranks, recall_at, retrieval_ranks
 
 
 def features(num: int, num_features: int, *, seed: int) -> torch.Tensor:
@@ -80,3 +80,21 @@ def test_what_cannot_be_ranked_is_said() -> None:
         retrieval_ranks(torch.ones(1, 3), torch.ones(1, 3))
     with pytest.raises(ArraError, match="not finite"):
         retrieval_ranks(torch.full((3, 3), torch.inf), torch.ones(3, 3))
+
+
+def test_class_ranks_count_the_classes_that_are_nearer():
+    references = torch.tensor([[4.0, 0.1], [4.0, -0.1], [-2.0, 3.0], [-2.0, 3.2], [-2.0, -3.0], [-2.1, -3.0]])
+    labels = torch.tensor([7, 7, 2, 2, 5, 5])
+    assert class_ranks(references, references, labels).tolist() == [0] * 6
+    swapped = references[[2, 3, 0, 1, 4, 5]]
+    assert class_ranks(swapped, references, labels)[:4].min() > 0
+    # order and number of a class's pictures change nothing
+    order = torch.tensor([5, 0, 3, 1, 4, 2])
+    assert class_ranks(swapped[order], references[order], labels[order]).equal(
+        class_ranks(swapped, references, labels)[order]
+    )
+    # a picture that says nothing ranks last, not first
+    nothing = torch.stack([references[labels == kind].mean(0) for kind in (2, 5, 7)]).mean(0).expand(6, 2)
+    assert class_ranks(nothing, references, labels).tolist() == [2] * 6
+    with pytest.raises(ArraError, match="at least 2 classes"):
+        class_ranks(references[:2], references[:2], labels[:2])

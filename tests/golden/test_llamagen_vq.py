@@ -178,8 +178,7 @@ def test_missing_unexpected_and_misshapen_keys_are_named(tmp_path: Path) -> None
     text = str(caught.value)
     assert "\n" not in text
     for words in (
-        "missing decoder.norm_out.weight",
-        "missing quant_conv.bias",
+        "missing decoder.norm_out.weight, quant_conv.bias",
         "unexpected loss.logvar",
         "post_quant_conv.weight is (16, 9, 1, 1), expected (16, 8, 1, 1)",
     ):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from arra.data.batches import Batches, InMemory
+from arra.data.conditions import TextConditions
 from arra.models import Decoder, DecoderSettings
 from arra.runs import Run
 from arra.train.alignment import build_alignment
@@ -30,12 +31,9 @@ def synthetic_batches() -> Batches:
     codes = (place[None] * (1 + kinds[:, None] % 3) + kinds[:, None]) % CODES
     angle = kinds[:, None] * torch.arange(1, 9)[None] * 0.7
     return Batches(
-        captions=[[[2 + row % 5, 7 + row // 5]] for row in range(RECORDS)],
+        conditions=TextConditions([[[2 + row % 5, 7 + row // 5]] for row in range(RECORDS)], 4, dropout=0.1),
         pictures=InMemory(codes, torch.cat([angle.cos(), angle.sin()], 1) + 0.5),
-        prefix_length=4,
         batch_size=8,
-        condition_dropout=0.1,
-        alternative_share=0.0,
         seed=0,
     )
 

@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from arra.data.batches import Batches, InMemory, text_batch
+from arra.data.conditions import TextConditions
 from arra.errors import ArraError
 from arra.models import Decoder, DecoderSettings
 from arra.runs import Run
 from arra.sample.generate import generate
-from arra.tokenizers.vq import VQModel, VQSettings
 from arra.train.alignment import build_alignment
 from arra.train.checkpoints import newest_checkpoint, restore_optimizer, save_checkpoint
 from arra.train.interrupt import TrainingInterrupted, interruptible
 from arra.train.loop import Trainer, validation_loss
 from arra.train.optimizer import learning_rate
-from arra.train.settings import AlignSettings, TokenizerTrainSettings, TrainSettings
-from arra.train.tokenizer import TokenizerStep, TokenizerTrainer, train_tokenizer
+from arra.train.settings import AlignSettings, TrainSettings
 
 ALIGN = AlignSettings(layer=1, components=4)
 STEPS = 12
@@ -57,13 +56,11 @@ def make_batches(batch_size: int = 6, features: Tensor | None = None) -> Batches
     generator = torch.Generator().manual_seed(7)
     if features is None:
         features = torch.randn(RECORDS, 8, generator=generator)
+    captions = [[[2 + row], [3, 2 + row]] for row in range(RECORDS)]
     return Batches(
-        captions=[[[2 + row], [3, 2 + row]] for row in range(RECORDS)],
+        conditions=TextConditions(captions, 5, dropout=0.2, alternative_share=0.3),
         pictures=InMemory(torch.randint(0, 16, (RECORDS, 6), generator=generator), features),
-        prefix_length=5,
         batch_size=batch_size,
-        condition_dropout=0.2,
-        alternative_share=0.3,
         seed=1,
     )
 
@@ -493,81 +490,3 @@ def test_signals_only_set_a_flag_inside_the_block(number: int) -> None:
         os.kill(os.getpid(), number)
         assert stopped()
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == kept
-
-
-TINY_VQ = VQSettings(channels=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8, num_codes=32, code_dim=4)
-VQ_TRAIN = TokenizerTrainSettings(
-    steps=8,
-    batch_size=2,
-    warmup_steps=2,
-    restart_every_steps=3,
-    checkpoint_every_steps=2,
-    entropy_weight=0.01,
-    augment=0.5,
-)
-
-
-def vq_trainer(folder: Path, *, die_after: int | None = None, signal_after: int | None = None) -> TokenizerTrainer:
-    torch.manual_seed(0)
-    model = VQModel(TINY_VQ)
-    pictures = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-    def report(trainer: TokenizerTrainer, step: TokenizerStep) -> None:
-        assert math.isfinite(step.loss)
-        torch.rand(3)  # no global randomness in the steps
-        if step.step == die_after:
-            raise SystemExit
-        if step.step == signal_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return train_tokenizer(model, pictures, VQ_TRAIN, folder=folder, report=report)
-
-
-def vq_state(trainer: TokenizerTrainer) -> dict[str, Tensor]:
-    state = dict(trainer.model.state_dict())
-    state |= {f"average.{name}": value for name, value in trainer.average.items()}
-    for name, parameter in trainer.model.named_parameters():
-        state |= {f"{name}.{key}": value for key, value in trainer.optimizer.state[parameter].items()}
-    return state | {"used": trainer.used}
-
-
-def test_an_interrupted_tokenizer_training_continues(tmp_path: Path) -> None:
-    whole = vq_trainer(tmp_path / "whole")
-    assert whole.step == 8
-    with pytest.raises(SystemExit):
-        vq_trainer(tmp_path / "killed", die_after=3)  # the newest checkpoint lies between two restarts of codes
-    with pytest.raises(TrainingInterrupted, match="interrupted at step 6, saved"):
-        vq_trainer(tmp_path / "killed", signal_after=6)
-    again = vq_trainer(tmp_path / "killed")
-    assert different(vq_state(whole), vq_state(again)) == []
-    rows = whole.model.quantize.embedding.weight
-    assert not torch.equal(rows, VQModel(TINY_VQ).quantize.embedding.weight)
-
-
-def test_a_tokenizer_learns_its_pictures() -> None:
-    """And codes that nobody chose come back to life."""
-    torch.manual_seed(0)
-    pictures = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
-    for i in range(4):
-        pictures[i, i % 3, :, 4 * i :] = 255
-    trainer = TokenizerTrainer(
-        VQModel(TINY_VQ),
-        TokenizerTrainSettings(steps=30, batch_size=4, warmup_steps=5, augment=0.0, learning_rate=3e-3),
-    )
-    steps = [trainer.train_step(pictures) for _ in range(30)]
-    assert steps[-1].psnr_db > steps[0].psnr_db + 4
-    assert steps[-1].loss < 0.5 * steps[0].loss
-    trainer = TokenizerTrainer(VQModel(TINY_VQ), VQ_TRAIN.model_copy(update={"restart_every_steps": 2}))
-    before = trainer.model.quantize.embedding.weight.detach().clone()
-    trainer.train_step(pictures)
-    used = trainer.used.clone()
-    trainer.train_step(pictures)
-    after = trainer.model.quantize.embedding.weight.detach()
-    dead = ~used
-    assert dead.sum() > 10
-    moved = (after - before).norm(dim=1)
-    assert (moved > 0.1).sum() > 10
-    assert not trainer.used.any()
-    averaged = trainer.average["quantize.embedding.weight"]
-    torch.testing.assert_close(averaged[moved > 0.1], after[moved > 0.1])
-    torch.testing.assert_close(after[moved > 0.1].norm(dim=1), torch.ones(int((moved > 0.1).sum())))

@@ -1,6 +1,7 @@
 """Curves come from the rows as they are, and drawing leaves matplotlib's global state alone."""
 
 import base64
+import subprocess
 import sys
 
 import pytest
@@ -37,4 +38,8 @@ def test_a_plot_is_an_svg_that_takes_the_colour_of_the_page() -> None:
     assert "prefers-color-scheme" in svg
     assert "currentColor" in svg
     assert COLORS["baseline"] in svg
-    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_plots_leave_pyplot_alone() -> None:
+    code = "import sys; import arra.report.plots; assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)  # here other libraries may have loaded it

@@ -12,8 +12,8 @@ import typer.main
 from arra.cli import app
 from arra.config import Recipe, load_recipe, parse_recipe, recipes_folder, row_names
 from arra.models import Decoder
-from arra.stages.train import decoder_settings, describe_recipe
-from arra.tokenizers import load_tokenizer
+from arra.stages.model import decoder_settings, tokenizer_network
+from arra.stages.train import describe_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 ROWS = [(path.stem, row) for path in sorted(recipes_folder().glob("*.yaml")) for row in (None, *row_names(path))]
@@ -29,7 +29,7 @@ def test_every_row_of_every_recipe_makes_a_model(name: str, row: str | None):
     recipe = load_recipe(name, row=row)
     described = describe_recipe(recipe)
     assert parse_recipe(described, Recipe, source="described") == recipe
-    network = recipe.tokenizer.network or load_tokenizer(recipe.tokenizer.name).model.settings
+    network = tokenizer_network(recipe)
     settings = decoder_settings(recipe, num_codes=network.num_codes, downsampling=network.downsampling)
     with torch.device("meta"):
         model = Decoder(settings)

@@ -1,0 +1,233 @@
+"""Training steps that keep little and compute fast: what is cheap to make again is made again in the backward pass.
+
+Autograd keeps every intermediate of a norm, a gate, a dropout and a softmax: about 30 tensors of the model's width for
+each position of a block, and three times the logits. These functions keep 12 of the width: the residual stream before
+the attention and before the feed-forward, queries, keys, values and what attention gave, the two branches of the gate,
+and dropout masks of one byte; of the logits a slice at a time exists. No matrix product is done twice. Results are
+those of the plain formulas in `blocks.py`, which serve wherever `usable` says no.
+Letters: N positions (batch times sequence), S sequence, H heads, E head size, D model width, I inner width, K codes.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from arra.models.products import inferred, is_plain, product
+
+HEAD_BYTES = 2**25
+"""Logits that exist at one time while training: 512 positions at 16,384 codes. Half as many cost a percent of speed."""
+
+
+def usable(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether these functions may stand in: float32, gradients wanted, and layers that are plain matrix products."""
+    return (
+        x.dtype == torch.float32
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+        and all(map(is_plain, layers))
+    )
+
+
+def linear(x: Float[Tensor, "*any I"], layer: nn.Linear) -> Float[Tensor, "*any O"]:
+    """`layer(x)` for a layer without bias; with gradients where they are wanted."""
+    if usable(x, layer):
+        return _Linear.apply(x.flatten(0, -2), layer.weight).unflatten(0, x.shape[:-1])
+    if torch.is_grad_enabled():
+        found: Tensor = layer(x)
+        return found
+    return inferred(x, layer)
+
+
+class _Linear(torch.autograd.Function):
+    """x w^T."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return product(grad, weight), grad.T @ x
+
+
+def norm_linear(x: Float[Tensor, "N D"], norm: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """linear(norm(x))."""
+    return _NormLinear.apply(x, norm, weight, eps)
+
+
+def norm_swiglu(x: Float[Tensor, "N D"], norm: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, eps: float) -> Tensor:
+    """w2(silu(w1 norm(x)) * w3 norm(x))."""
+    return _NormSwiGLU.apply(x, norm, w1, w3, w2, eps)
+
+
+def rms(x: Float[Tensor, "*any D"], eps: float) -> Float[Tensor, "*any 1"]:
+    """One over the root mean square, in one pass over x."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a norm's input and weight; overwrites `grad`."""
+    unit = x * scale
+    grad_weight = torch.linalg.vecdot(grad, unit, dim=0)
+    grad.mul_(weight)
+    along = torch.linalg.vecdot(grad, unit, dim=-1)[:, None].div_(x.shape[-1])
+    return grad.sub_(unit.mul_(along)).mul_(scale), grad_weight
+
+
+class _NormLinear(torch.autograd.Function):
+    """Keeps x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = rms(x, eps)
+        ctx.save_for_backward(x, norm, weight, scale)
+        return product((x * scale).mul_(norm), weight.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, weight, scale = ctx.saved_tensors
+        grad_weight = grad.T @ (x * scale).mul_(norm)
+        grad_x, grad_norm = _norm_backward(product(grad, weight), x, norm, scale)
+        return grad_x, grad_norm, grad_weight, None
+
+
+class _NormSwiGLU(torch.autograd.Function):
+    """Keeps x and the two branches of the gate."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, eps: float) -> Tensor:
+        scale = rms(x, eps)
+        normed = (x * scale).mul_(norm)
+        gate, value = product(normed, w1.T), product(normed, w3.T)
+        ctx.save_for_backward(x, norm, w1, w3, w2, scale, gate, value)
+        return product(F.silu(gate).mul_(value), w2.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, w1, w3, w2, scale, gate, value = ctx.saved_tensors
+        opened = F.silu(gate)
+        grad_w2 = grad.T @ (opened * value)
+        inner = product(grad, w2)
+        grad_value = opened.mul_(inner)
+        grad_gate = torch.ops.aten.silu_backward(inner.mul_(value), gate)
+        del inner
+        normed = (x * scale).mul_(norm)
+        grad_w1, grad_w3 = grad_gate.T @ normed, grad_value.T @ normed
+        del normed
+        grad_normed = product(grad_gate, w1).add_(product(grad_value, w3))
+        grad_x, grad_norm = _norm_backward(grad_normed, x, norm, scale)
+        return grad_x, grad_norm, grad_w1, grad_w3, grad_w2, None
+
+
+def rotate_heads(
+    heads: Float[Tensor, "B S H E"], table: Float[Tensor, "S E2 2"], count: int
+) -> Float[Tensor, "B S H E"]:
+    """The heads, overwritten: the first `count` of them turned on interleaved pairs by (cos, sin)."""
+    return _RotateHeads.apply(heads, table, count)
+
+
+class _RotateHeads(torch.autograd.Function):
+    """Keeps nothing but the table."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, table: Tensor, count: int) -> Tensor:
+        ctx.mark_dirty(heads)
+        ctx.table, ctx.count = torch.view_as_complex(table)[:, None], count
+        torch.view_as_complex(heads[:, :, :count].unflatten(-1, (-1, 2))).mul_(ctx.table)
+        return heads
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad.contiguous()
+        torch.view_as_complex(grad[:, :, : ctx.count].unflatten(-1, (-1, 2))).mul_(ctx.table.conj())
+        return grad, None, None
+
+
+def drop_add(x: Float[Tensor, "*any D"], y: Float[Tensor, "*any D"], p: float) -> Float[Tensor, "*any D"]:
+    """x + dropout(y), with the mask that `nn.Dropout` would draw."""
+    return _DropAdd.apply(x, y, p) if p else x + y
+
+
+class _DropAdd(torch.autograd.Function):
+    """Keeps one byte for each element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, p: float) -> Tensor:
+        kept = torch.empty_like(y, dtype=torch.bool).bernoulli_(1 - p)
+        ctx.save_for_backward(kept)
+        ctx.scale = 1 / (1 - p)
+        return torch.addcmul(x, y, kept.to(y.dtype), value=ctx.scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (kept,) = ctx.saved_tensors
+        return grad, (grad * kept).mul_(ctx.scale), None
+
+
+def head_loss(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "K D"],
+    labels: Int[Tensor, " N"],
+    *,
+    shares: Float[Tensor, " N"],
+    z_weight: float = 0.0,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+    """Sums of next-token loss + z_weight * z, of the loss, and of z (squared log-partition), weighed by `shares`.
+
+    The first carries gradients, computed at once while each slice of the logits is there.
+    """
+    total, ntp, z = _HeadLoss.apply(hidden, weight, labels, shares, z_weight)
+    return total, ntp.detach(), z.detach()
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Keeps the gradients themselves, which the loss's own gradient scales."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shares: Tensor, z_weight: float
+    ) -> tuple[Tensor, ...]:
+        rows = max(1, HEAD_BYTES // (weight.shape[0] * weight.element_size()))
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        ntp, z = hidden.new_zeros(()), hidden.new_zeros(())
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits, wanted, share = product(hidden[part], weight.T), labels[part, None], shares[part, None]
+            chosen = logits.gather(1, wanted)
+            log_partition = logits.logsumexp(1, keepdim=True)
+            ntp += (share * (log_partition - chosen)).sum()
+            z += (share * log_partition.square()).sum()
+            slope = logits.sub_(log_partition).exp_()
+            slope.mul_(share * (1 + 2 * z_weight * log_partition)).scatter_add_(1, wanted, -share)
+            grad_hidden[part] = product(slope, weight)
+            if grad_weight is None:
+                grad_weight = slope.T @ hidden[part]
+            else:
+                grad_weight.addmm_(slope.T, hidden[part])
+        ctx.gradients = (grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight)
+        ctx.mark_non_differentiable(ntp, z)
+        return ntp + z_weight * z, ntp, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the head's gradients are made once; run the forward pass again")
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        if grad != 1:
+            grad_hidden.mul_(grad)
+            grad_weight.mul_(grad)
+        return grad_hidden, grad_weight, None, None, None
