@@ -128,11 +128,7 @@ class Attention(nn.Module):
         start: int,
     ) -> Tensor:
         """(B, S, D): what attention to the normed stream adds to it."""
-        if lean.usable(x, self.wqkv):
-            heads = lean.norm_linear(x.flatten(0, 1), norm.weight, self.wqkv.weight, norm.eps)
-        else:
-            heads = lean.linear(norm(x).flatten(0, 1), self.wqkv)
-        query, key, value = self._turned(heads.view(*x.shape[:2], -1, self.head_dim), table)
+        query, key, value = self._heads(x, norm, table)
         if cache is not None:
             key, value = cache.write(layer, start, key, value)
         attended = F.scaled_dot_product_attention(
@@ -146,13 +142,17 @@ class Attention(nn.Module):
         )
         return lean.linear(attended.transpose(1, 2).flatten(2), self.wo)
 
-    def _turned(self, heads: Float[Tensor, "B S H E"], table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, S, E), the first two turned by the rotary table."""
+    def _heads(self, x: Tensor, norm: RMSNorm, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, S, E) of the normed stream, the first two turned by the rotary table."""
         turning, kinds = self.num_heads + self.kv_heads, [self.num_heads, self.kv_heads, self.kv_heads]
-        if lean.usable(heads, self.wqkv) or (heads.dtype == torch.float32 and not torch.is_grad_enabled()):
-            heads = lean.rotate_heads(heads, table, turning)
+        if lean.usable(x, self.wqkv):
+            heads = lean.norm_heads(x, norm.weight, self.wqkv.weight, table, turning, norm.eps)
         else:
-            heads = torch.cat([apply_rotary(heads[:, :, :turning], table), heads[:, :, turning:]], dim=2)
+            heads = lean.linear(norm(x), self.wqkv).unflatten(-1, (-1, self.head_dim))
+            if heads.dtype == torch.float32 and not torch.is_grad_enabled():
+                lean.turn_heads(heads, table, turning)
+            else:
+                heads = torch.cat([apply_rotary(heads[:, :, :turning], table), heads[:, :, turning:]], dim=2)
         query, key, value = heads.transpose(1, 2).split(kinds, dim=1)
         return query, key, value
 

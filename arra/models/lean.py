@@ -58,9 +58,16 @@ class _Linear(torch.autograd.Function):
         return product(grad, weight), grad.T @ x
 
 
-def norm_linear(x: Float[Tensor, "N D"], norm: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """linear(norm(x))."""
-    return _NormLinear.apply(x, norm, weight, eps)
+def norm_heads(
+    x: Float[Tensor, "B S D"],
+    norm: Float[Tensor, " D"],
+    weight: Float[Tensor, "O D"],
+    table: Float[Tensor, "S E2 2"],
+    turning: int,
+    eps: float,
+) -> Float[Tensor, "B S H E"]:
+    """linear(norm(x)) as heads, the first `turning` of them turned on interleaved pairs by (cos, sin)."""
+    return _NormHeads.apply(x, norm, weight, table, turning, eps)
 
 
 def norm_swiglu(x: Float[Tensor, "N D"], norm: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, eps: float) -> Tensor:
@@ -83,22 +90,30 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tu
     return grad.sub_(unit.mul_(along)).mul_(scale), grad_weight
 
 
-class _NormLinear(torch.autograd.Function):
+class _NormHeads(torch.autograd.Function):
     """Keeps x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = rms(x, eps)
-        ctx.save_for_backward(x, norm, weight, scale)
-        return product((x * scale).mul_(norm), weight.T)
+    def forward(ctx: Any, x: Tensor, norm: Tensor, weight: Tensor, table: Tensor, turning: int, eps: float) -> Tensor:
+        flat, head_dim = x.flatten(0, 1), 2 * table.shape[1]
+        scale = rms(flat, eps)
+        ctx.save_for_backward(flat, norm, weight, scale)
+        ctx.table, ctx.turning = table, turning
+        heads = product((flat * scale).mul_(norm), weight.T).view(*x.shape[:2], -1, head_dim)
+        turn_heads(heads, table, turning)
+        return heads
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, norm, weight, scale = ctx.saved_tensors
+        shape = grad.shape[:2]
+        grad = grad.clone(memory_format=torch.contiguous_format)  # as given it may be somebody else's
+        turn_heads(grad, ctx.table, ctx.turning, back=True)
+        grad = grad.view(len(x), -1)
         grad_weight = grad.T @ (x * scale).mul_(norm)
         grad_x, grad_norm = _norm_backward(product(grad, weight), x, norm, scale)
-        return grad_x, grad_norm, grad_weight, None
+        return grad_x.view(*shape, -1), grad_norm, grad_weight, None, None, None
 
 
 class _NormSwiGLU(torch.autograd.Function):
@@ -130,29 +145,12 @@ class _NormSwiGLU(torch.autograd.Function):
         return grad_x, grad_norm, grad_w1, grad_w3, grad_w2, None
 
 
-def rotate_heads(
-    heads: Float[Tensor, "B S H E"], table: Float[Tensor, "S E2 2"], count: int
-) -> Float[Tensor, "B S H E"]:
-    """The heads, overwritten: the first `count` of them turned on interleaved pairs by (cos, sin)."""
-    return _RotateHeads.apply(heads, table, count)
-
-
-class _RotateHeads(torch.autograd.Function):
-    """Keeps nothing but the table."""
-
-    @staticmethod
-    def forward(ctx: Any, heads: Tensor, table: Tensor, count: int) -> Tensor:
-        ctx.mark_dirty(heads)
-        ctx.table, ctx.count = torch.view_as_complex(table)[:, None], count
-        torch.view_as_complex(heads[:, :, :count].unflatten(-1, (-1, 2))).mul_(ctx.table)
-        return heads
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad.contiguous()
-        torch.view_as_complex(grad[:, :, : ctx.count].unflatten(-1, (-1, 2))).mul_(ctx.table.conj())
-        return grad, None, None
+def turn_heads(
+    heads: Float[Tensor, "B S H E"], table: Float[Tensor, "S E2 2"], turning: int, *, back: bool = False
+) -> None:
+    """Nothing; the first `turning` heads are overwritten, turned forth or back."""
+    turns = torch.view_as_complex(table)[:, None]  # (S, 1, E/2)
+    torch.view_as_complex(heads[:, :, :turning].unflatten(-1, (-1, 2))).mul_(turns.conj() if back else turns)
 
 
 def drop_add(x: Float[Tensor, "*any D"], y: Float[Tensor, "*any D"], p: float) -> Float[Tensor, "*any D"]:

@@ -20,9 +20,6 @@ from arra.models.decoder import Condition, Decoder
 from arra.models.products import packed_weights
 from arra.sample.logits import SamplingSettings, draw_keys, guide, pick
 
-MIN_ROWS = 4
-"""Rows a batch is padded to: with fewer, a CPU's matrix products round differently, and are no faster."""
-
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
@@ -96,17 +93,16 @@ def generate(
         batches = []
         for first in range(0, len(rows), batch_size):
             chosen = torch.arange(first, min(first + batch_size, len(rows)))
-            padded = _pad(chosen, doubled=settings.guided_codes(num_codes) == num_codes)
-            condition = conditions.select(torch.tensor(rows)[padded].to(model.device))
+            condition = conditions.select(torch.tensor(rows)[chosen].to(model.device))
             codes = paint(
                 model,
                 condition,
-                keys=keys[padded].to(model.device),
+                keys=keys[chosen].to(model.device),
                 settings=settings,
-                prefix_codes=None if forced is None else forced[padded].to(model.device),
+                prefix_codes=None if forced is None else forced[chosen].to(model.device),
                 watch=None if watch is None else _watch_batch(watch, first, len(chosen)),
             )
-            batches.append(codes[: len(chosen)])
+            batches.append(codes)
         codes = torch.cat(batches).unflatten(1, model.settings.grid)
         images = None if tokenizer is None else torch.cat([tokenizer.decode(one[None]) for one in codes])
     return GenerationResult(
@@ -187,11 +183,6 @@ def decode_step(
 def _for_each_row(codes: Tensor, num_rows: int) -> Tensor:
     # conditional and null rows of an image share its codes
     return codes.repeat(num_rows // len(codes), 1)
-
-
-def _pad(chosen: Tensor, *, doubled: bool) -> Tensor:
-    minimum = MIN_ROWS // 2 if doubled else MIN_ROWS
-    return torch.cat([chosen, chosen[-1:].expand(max(minimum - len(chosen), 0))])
 
 
 def _watch_batch(

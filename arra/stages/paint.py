@@ -120,7 +120,7 @@ def load_run(folder: Path, *, tokenizer: str | None = None, tokenizer_weights: P
         ) from error
     if own is None:
         assert tokenizer is not None
-        own = _given_tokenizer(model, tokenizer, tokenizer_weights)
+        own = _given_tokenizer(model, tokenizer, tokenizer_weights, codes_of=manifest.get("codes_of"))
     return LoadedRun(folder, model, own, recipe.sample, recipe.text_encoder, run, recipe, store)
 
 
@@ -142,8 +142,17 @@ def _own_tokenizer(folder: Path, recipe: Recipe, manifest: dict[str, Any], weigh
     return tokenizer
 
 
-def _given_tokenizer(model: Decoder, name: str, weights: Path | None) -> ImageTokenizer:
+def _given_tokenizer(
+    model: Decoder, name: str, weights: Path | None, *, codes_of: dict[str, Any] | None = None
+) -> ImageTokenizer:
+    """A tokenizer whose codes mean what the model's do; `codes_of` says whose those are, where that is known."""
     tokenizer = load_tokenizer(name, weights=weights)
+    if codes_of is not None and tokenizer.codes_of != codes_of:
+        theirs, ours = (f"{of['tokenizer']} {str(of['weights'])[:12]}" for of in (tokenizer.codes_of, codes_of))
+        raise ArraError(
+            f"--tokenizer {name}: its codes are those of {theirs}, the run was trained on codes of {ours}; name that "
+            "one, or one whose decoder alone was fine-tuned from it"
+        )
     if tokenizer.num_codes != model.settings.num_codes:
         raise ArraError(
             f"--tokenizer {name}: it has {tokenizer.num_codes} codes, the model paints {model.settings.num_codes}; "

@@ -145,6 +145,7 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
         "store_sha256": store.manifest_hash(*columns_of(recipe)),
         "tokenizer": recipe.tokenizer.name if tokenizer is None else tokenizer.name,
         "tokenizer_sha256": None if tokenizer is None else tokenizer.weights_hash,
+        "codes_of": None if tokenizer is None else tokenizer.codes_of,
         "seed": recipe.train.seed,
         "threads": torch.get_num_threads(),
     }

@@ -104,6 +104,7 @@ def _import_tokenizer(weights: Weights, out: Path, how: Fitting) -> Done:
     tokenizer = open_vq_weights(weights, known={}, how=how)
     origin, settings = tokenizer.about["origin"], tokenizer.model.settings
     hashes = origin["sha256"] = _hashes(weights)
+    tokenizer.about["codes_of"] = tokenizer.codes_of  # stores made with the file itself stay valid
     tokenizer.save(out)
     rows = [
         ("kind", f"VQ tokenizer {tokenizer.name}, {settings.downsampling} pixels per code"),

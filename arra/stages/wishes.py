@@ -90,12 +90,14 @@ def prompt_wishes(
         return Wishes(list(prompts), facts)
     trained = model.about.get("text_encoder")
     trained = trained if isinstance(trained, dict) else {}
-    section = section or TextEncoderSection()
+    untold, section = section is None, section or TextEncoderSection()
     name = trained.get("name", section.name)
     weights = folder or (section.weights if section.name == name else None)
     if weights is None:
         raise ArraError(f"--prompt: this model reads captions through {name}; give its folder with --text-encoder")
-    encoder = load_text_encoder(name, weights=weights, device=model.device, dtype=section.dtype)
+    # a CPU without bfloat16 units is many times slower at it
+    dtype = "float32" if untold and model.device.type == "cpu" else section.dtype
+    encoder = load_text_encoder(name, weights=weights, device=model.device, dtype=dtype)
     expected = trained.get("sha256")
     if expected is not None and encoder.weights_hash != expected:
         raise ArraError(
@@ -104,6 +106,11 @@ def prompt_wishes(
         )
     clean = bool(trained.get("clean", section.clean))
     said = encoder.encode([caption_text(prompt, clean=clean) for prompt in prompts])
+    for prompt, count in zip(prompts, said.num_tokens, strict=True):
+        if count > said.mask.shape[1]:
+            raise ArraError(
+                f"--prompt: {count} tokens, {name} reads {said.mask.shape[1]}; shorten it: {shortened(prompt)}"
+            )
     slots = model.settings.prefix_length
     if int(said.mask.sum(1).max()) > slots:
         raise ArraError(f"--prompt: longer than the {slots} vectors that this model takes; shorten it")
@@ -166,7 +173,7 @@ def check_prompts(model: Decoder, prompts: Sequence[str]) -> None:
         return
     for prompt in prompts:
         count = len(text.encode(prompt))
-        shown = prompt if len(prompt) <= 40 else prompt[:37] + "..."
+        shown = shortened(prompt)
         if count == 0:
             raise ArraError(f"prompt '{shown}': no word in it; say what to paint")
         if count > room:
@@ -174,6 +181,11 @@ def check_prompts(model: Decoder, prompts: Sequence[str]) -> None:
                 f"prompt '{shown}': {count} tokens, this model has room for {room}; shorten it (common words are one "
                 "token each), or train with a larger model.prefix_length"
             )
+
+
+def shortened(prompt: str) -> str:
+    """The beginning of a prompt, for a line of text."""
+    return prompt if len(prompt) <= 40 else prompt[:37] + "..."
 
 
 def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
