@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from arra.models import lean
 from arra.models.cache import KVCache
+from arra.models.products import inferred, inferred_pair
 from arra.models.settings import DecoderSettings
 
 
@@ -101,7 +102,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any D"]:
         """The normalised input in its own dtype."""
         if x.dtype == torch.float32:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+            if torch.is_grad_enabled():
+                return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+            return (x * lean.rms(x, self.eps)).mul_(self.weight)
         wide = x.float()
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return scaled.type_as(x) * self.weight
@@ -142,6 +145,28 @@ class Attention(nn.Module):
         )
         return lean.linear(attended.transpose(1, 2).flatten(2), self.wo)
 
+    def step(
+        self,
+        normed: Float[Tensor, "R D"],
+        batch: int,
+        turns: Tensor,
+        mask: Tensor | None,
+        cache: KVCache,
+        layer: int,
+        start: int,
+    ) -> Float[Tensor, "R D"]:
+        """What attention adds at one position of `batch` sequences; rows after theirs are filling."""
+        width, turning = self.head_dim, self.num_heads + self.kv_heads
+        heads = inferred(normed, self.wqkv)[:batch].view(batch, 1, -1, width)
+        torch.view_as_complex(heads[:, :, :turning].view(batch, 1, turning, -1, 2)).mul_(turns)
+        query, key, value = heads.transpose(1, 2).split([self.num_heads, self.kv_heads, self.kv_heads], dim=1)
+        key, value = cache.write(layer, start, key, value)
+        attended = torch.zeros_like(normed)
+        attended[:batch] = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, enable_gqa=self.kv_heads != self.num_heads
+        ).view(batch, -1)
+        return inferred(attended, self.wo)
+
     def _heads(self, x: Tensor, norm: RMSNorm, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, S, E) of the normed stream, the first two turned by the rotary table."""
         turning, kinds = self.num_heads + self.kv_heads, [self.num_heads, self.kv_heads, self.kv_heads]
@@ -165,6 +190,11 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(settings.hidden_size, settings.ffn_width, bias=False)
         self.w3 = nn.Linear(settings.hidden_size, settings.ffn_width, bias=False)
         self.w2 = nn.Linear(settings.ffn_width, settings.hidden_size, bias=False)
+
+    @property
+    def side_by_side(self) -> tuple[nn.Linear, nn.Linear]:
+        """The layers that read the same input."""
+        return self.w1, self.w3
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """(B, S, D): what the feed-forward of the normed stream adds to it."""
@@ -195,6 +225,21 @@ class Block(nn.Module):
         added = self.attention(x, self.attention_norm, table, mask, cache, layer, start)
         x = self._joined(x, added, self.resid_dropout)
         return self._joined(x, self.feed_forward(x, self.ffn_norm), self.ffn_dropout)
+
+    def step(
+        self,
+        x: Float[Tensor, "R D"],
+        batch: int,
+        turns: Tensor,
+        mask: Tensor | None,
+        cache: KVCache,
+        layer: int,
+        start: int,
+    ) -> None:
+        """Nothing; one position's stream is overwritten by what follows this block. For inference in float32."""
+        x += self.attention.step(self.attention_norm(x), batch, turns, mask, cache, layer, start)
+        gate, value = inferred_pair(self.ffn_norm(x), *self.feed_forward.side_by_side)
+        x += inferred(F.silu(gate).mul_(value), self.feed_forward.w2)
 
     def _joined(self, x: Tensor, added: Tensor, dropout: float) -> Tensor:
         if not self.training:

@@ -105,7 +105,7 @@ class _NormHeads(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, weight, scale = ctx.saved_tensors
         shape = grad.shape[:2]
         grad = grad.clone(memory_format=torch.contiguous_format)  # as given it may be somebody else's

@@ -43,7 +43,7 @@ def inferred(x: Float[Tensor, "*any I"], layer: nn.Linear) -> Float[Tensor, "*an
 
     On a CPU a row's result is the same bits whatever rows stand beside it.
     """
-    rows = x.flatten(0, -2)
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
     count = len(rows)
     if x.device.type == "cpu" and 0 < count < MIN_ROWS:
         rows = F.pad(rows, (0, 0, 0, MIN_ROWS - count))
@@ -53,7 +53,9 @@ def inferred(x: Float[Tensor, "*any I"], layer: nn.Linear) -> Float[Tensor, "*an
         found = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
     else:
         found = layer(rows)
-    return found[:count].unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+    if len(rows) > count:
+        found = found[:count]
+    return found if x.dim() == 2 else found.unflatten(0, x.shape[:-1])
 
 
 @contextmanager
@@ -62,24 +64,45 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
 
     The copy takes as much memory as the weights. It must not be trained in the block.
     """
-    layers = [layer for layer in model.modules() if is_plain(layer) and _PACKED not in layer.__dict__]
-    weights: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
-    wanted = sum(weight.numel() * 4 for weight in weights)
-    usable = [weight for weight in weights if _uses_onednn(weight) and weight.numel()]
-    if len(usable) < len(weights) or wanted > _free_bytes() / 2:
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and _PACKED not in layer.__dict__]
+    weights = [layer.weight for layer in layers]
+    sound = all(map(is_plain, layers)) and all(_uses_onednn(weight) and weight.numel() for weight in weights)
+    if not sound or 4 * sum(weight.numel() for weight in weights) > _free_bytes() / 2:
         yield
         return
+    pairs = [module.side_by_side for module in model.modules() if hasattr(module, "side_by_side")]
+    partner = {first: second for first, second in pairs}
+    seconds = set(partner.values())
     try:
-        for layer, weight in zip(layers, weights, strict=True):
-            layer.__dict__[_PACKED] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_ROWS)
+        for layer in layers:
+            if layer in partner:
+                layer.__dict__[_PACKED_PAIR] = _packed(torch.cat([layer.weight, partner[layer].weight]))
+            elif layer not in seconds:
+                layer.__dict__[_PACKED] = _packed(layer.weight)
         yield
     finally:
         for layer in layers:
             layer.__dict__.pop(_PACKED, None)
+            layer.__dict__.pop(_PACKED_PAIR, None)
 
 
-_PACKED = "_arra_packed"
-"""Key in a layer's own dict: no buffer, so that state dicts and moves do not see it."""
+def inferred_pair(x: Float[Tensor, "N I"], first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor]:
+    """What two layers of one width give for the same rows; from weights packed side by side it is one product."""
+    packed = first.__dict__.get(_PACKED_PAIR)
+    if packed is None or len(x) < MIN_ROWS:
+        return inferred(x, first), inferred(x, second)
+    both: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    left, right = both.split(first.out_features, dim=1)
+    return left, right
+
+
+def _packed(weight: Tensor) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_ROWS)
+    return found
+
+
+_PACKED, _PACKED_PAIR = "_arra_packed", "_arra_packed_pair"
+"""Keys in a layer's own dict: no buffers, so that state dicts and moves do not see them."""
 
 
 def _uses_onednn(x: Tensor) -> bool:

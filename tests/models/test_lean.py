@@ -14,6 +14,7 @@ from arra.models.blocks import apply_rotary, rotary_table
 from arra.models.decoder import Decoder
 from arra.models.products import inferred, packed_weights, product
 from arra.models.settings import DecoderSettings
+from arra.sample.generate import generate
 from arra.train.objective import compute_losses
 
 EPS = 1e-5
@@ -230,3 +231,14 @@ def test_attention_dropout_is_for_training_alone() -> None:
     assert not torch.equal(first, second)
     model.eval()
     assert torch.equal(model.logits(codes, labels=[1]), model.logits(codes, labels=[1]))
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_painting_with_packed_weights_is_painting(num_kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(num_kv_heads=num_kv_heads)
+    packed = generate(model, labels=[0, 3], seeds=[1, 2], cfg_scale=2.0).codes
+    assert not any("packed" in key for module in model.modules() for key in module.__dict__)
+    monkeypatch.setattr("arra.models.products._free_bytes", lambda: 0.0)
+    assert torch.equal(generate(model, labels=[0, 3], seeds=[1, 2], cfg_scale=2.0).codes, packed)
+    monkeypatch.setattr("arra.models.decoder._steps_fast", lambda x: False)
+    assert torch.equal(generate(model, labels=[0, 3], seeds=[1, 2], cfg_scale=2.0).codes, packed)
