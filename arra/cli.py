@@ -3,7 +3,9 @@
 Heavy imports happen inside the commands, so that `arra --help` answers at once.
 """
 
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +38,33 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change one key of the recipe; may be repeated.")
 ]
 RowOption = Annotated[str | None, typer.Option("--row", help="A row of the recipe.")]
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file or the name of a built-in one.")]
+StoreArgument = Annotated[str, typer.Argument(help="A store, or an export: a folder or a URL.")]
+StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="local: loader processes here; ray: actors of a Ray cluster (extra 'ray').")
+]
+ShardOption = Annotated[
+    str | None, typer.Option("--shard", metavar="i/n", help="Make the i-th of n parts (from 0), for job arrays.")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=0, help="Loader processes, or actors; default: the cores but one.")
+]
+BatchOption = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Pictures, or captions, per batch of the networks.")
+]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")]
+ReplaceOption = Annotated[
+    bool, typer.Option("--replace", help="Make columns anew that were made otherwise than the recipe says.")
+]
+RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Make records again that failed before.")]
+TokenizerOption = Annotated[
+    str | None, typer.Option("--tokenizer", help="Image tokenizer in place of the run's: a name or a folder.")
+]
+TokenizerWeightsOption = Annotated[
+    Path | None, typer.Option("--tokenizer-weights", help="Checkpoint file of a published tokenizer.")
+]
 
 
 @app.command()
@@ -69,117 +98,21 @@ def demo(
     run_demo(options, out, console=_console())
 
 
-StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
-EngineOption = Annotated[
-    str, typer.Option("--engine", help="local: loader processes here; ray: actors of a Ray cluster (extra 'ray').")
-]
-ShardOption = Annotated[
-    str | None, typer.Option("--shard", metavar="i/n", help="Make the i-th of n parts (from 0), for job arrays.")
-]
-WorkersOption = Annotated[
-    int | None, typer.Option("--workers", min=0, help="Loader processes, or actors; default: the cores but one.")
-]
-BatchOption = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Pictures, or captions, per batch of the networks.")
-]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")]
-ReplaceOption = Annotated[
-    bool, typer.Option("--replace", help="Make columns anew that were made otherwise than the recipe says.")
-]
-RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Make records again that failed before.")]
-
-
-@app.command()
-def prepare(
-    recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a built-in one.")],
-    store: StoreOption = Path("runs/store"),
-    row: RowOption = None,
-    engine: EngineOption = "local",
-    shard: ShardOption = None,
-    workers: WorkersOption = None,
-    batch_size: BatchOption = 32,
-    threads: ThreadsOption = None,
-    device: DeviceOption = "auto",
-    retry_failed: RetryOption = False,
-    replace: ReplaceOption = False,
-    overrides: SetOption = None,
-) -> None:
-    """Pictures to codes and features, once; columns that are there stay, a killed run continues.
-
-    Ends with code 1 if more items failed than data.max_failed_fraction allows; failures.jsonl lists them.
-
-    Example: arra prepare demo --store runs/store
-    """
-    options = (engine, shard, workers, batch_size, threads, device, retry_failed, replace)
-    _prepare(recipe, store, row, options, overrides, only=None)
-
-
-@app.command()
-def tokenize(
-    recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a built-in one.")],
-    store: StoreOption = Path("runs/store"),
-    row: RowOption = None,
-    engine: EngineOption = "local",
-    shard: ShardOption = None,
-    workers: WorkersOption = None,
-    batch_size: BatchOption = 32,
-    threads: ThreadsOption = None,
-    device: DeviceOption = "auto",
-    retry_failed: RetryOption = False,
-    replace: ReplaceOption = False,
-    overrides: SetOption = None,
-) -> None:
-    """The codes alone: what `arra prepare` does, without the encoder's features.
-
-    Example: arra tokenize demo --store runs/store
-    """
-    options = (engine, shard, workers, batch_size, threads, device, retry_failed, replace)
-    _prepare(recipe, store, row, options, overrides, only=("codes",))
-
-
-@app.command()
-def extract(
-    recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a built-in one.")],
-    encoder: Annotated[
-        str | None, typer.Option("--encoder", help="An encoder of `arra list encoders`; default: the recipe's teacher.")
-    ] = None,
-    text: Annotated[
-        bool, typer.Option("--text", help="Features of the captions, by the recipe's text encoder; reads no picture.")
-    ] = False,
-    store: StoreOption = Path("runs/store"),
-    row: RowOption = None,
-    engine: EngineOption = "local",
-    shard: ShardOption = None,
-    workers: WorkersOption = None,
-    batch_size: BatchOption = 32,
-    threads: ThreadsOption = None,
-    device: DeviceOption = "auto",
-    retry_failed: RetryOption = False,
-    replace: ReplaceOption = False,
-    overrides: SetOption = None,
-) -> None:
-    """The features of one encoder alone: adds a column and touches nothing else.
-
-    Example: arra extract demo --encoder efficientnet-lite1 --store runs/store
-
-    Example: arra extract llamagen_t2i --text --set text_encoder.weights=flan-t5-xl --store runs/t2i/store
-    """
-    if text and encoder is not None:
-        raise ArraError("--text and --encoder are two encoders; give one, the text encoder is named in the recipe")
-    options = (engine, shard, workers, batch_size, threads, device, retry_failed, replace)
-    chosen = [*(overrides or ()), *([] if encoder is None else [f"encoder.teacher={encoder}"])]
-    _prepare(recipe, store, row, options, chosen, only=("caption_features" if text else "features",))
-
-
 def _prepare(
-    recipe: str,
-    store: Path,
-    row: str | None,
-    options: tuple[Any, ...],
-    overrides: list[str] | None,
     *,
-    only: tuple[str, ...] | None,
+    recipe: RecipeArgument,
+    store: StoreOption = Path("runs/store"),
+    row: RowOption = None,
+    engine: EngineOption = "local",
+    shard: ShardOption = None,
+    workers: WorkersOption = None,
+    batch_size: BatchOption = 32,
+    threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
+    retry_failed: RetryOption = False,
+    replace: ReplaceOption = False,
+    overrides: SetOption = None,
+    only: tuple[str, ...] | None = None,
 ) -> None:
     from arra.config import load_recipe
     from arra.display import Display
@@ -187,10 +120,20 @@ def _prepare(
     from arra.stages.prepare import parse_options
     from arra.stages.prepare import prepare as prepare_store
 
+    options = parse_options(
+        engine=engine,
+        shard=shard,
+        workers=workers,
+        batch_size=batch_size,
+        threads=threads,
+        device=device,
+        retry_failed=retry_failed,
+        replace=replace,
+    )
     loaded = load_recipe(recipe, row=row, overrides=overrides or ())
     console = _console()
     with Display(console) as display:
-        found = prepare_store(loaded, store, options=parse_options(*options), only=only, progress=display.row("data"))
+        found = prepare_store(loaded, store, options=options, only=only, progress=display.row("data"))
     console.print(summary_table(found))
     if found.cut:
         listed = store / "caption_features.*" / "cut.jsonl"
@@ -201,6 +144,66 @@ def _prepare(
     if not found.ok:
         typer.echo(found.verdict, err=True)
         raise typer.Exit(1)
+
+
+def _with_options_of(shared: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator: the command takes, beside its own arguments and options, those of `shared`, as its `**options`."""
+
+    def named(function: Callable[..., None]) -> list[inspect.Parameter]:
+        parameters = inspect.signature(function).parameters.values()
+        return [one.replace(kind=one.KEYWORD_ONLY) for one in parameters if hasattr(one.annotation, "__metadata__")]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        command.__signature__ = inspect.Signature([*named(command), *named(shared)])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+@app.command()
+@_with_options_of(_prepare)
+def prepare(**options: Any) -> None:
+    """Pictures to codes and features, once; columns that are there stay, a killed run continues.
+
+    Ends with code 1 if more items failed than data.max_failed_fraction allows; failures.jsonl lists them.
+
+    Example: arra prepare demo --store runs/store
+    """
+    _prepare(**options)
+
+
+@app.command()
+@_with_options_of(_prepare)
+def tokenize(**options: Any) -> None:
+    """The codes alone: what `arra prepare` does, without the encoder's features.
+
+    Example: arra tokenize demo --store runs/store
+    """
+    _prepare(**options, only=("codes",))
+
+
+@app.command()
+@_with_options_of(_prepare)
+def extract(
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", help="An encoder of `arra list encoders`; default: the recipe's teacher.")
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="Features of the captions, by the recipe's text encoder; reads no picture.")
+    ] = False,
+    **options: Any,
+) -> None:
+    """The features of one encoder alone: adds a column and touches nothing else.
+
+    Example: arra extract demo --encoder efficientnet-lite1 --store runs/store
+
+    Example: arra extract llamagen_t2i --text --set text_encoder.weights=flan-t5-xl --store runs/t2i/store
+    """
+    if text and encoder is not None:
+        raise ArraError("--text and --encoder are two encoders; give one, the text encoder is named in the recipe")
+    if encoder is not None:
+        options["overrides"] = [*(options["overrides"] or ()), f"encoder.teacher={encoder}"]
+    _prepare(**options, only=("caption_features" if text else "features",))
 
 
 @data.command()
@@ -252,7 +255,7 @@ def check(
 
 
 @data.command()
-def show(store: Annotated[str, typer.Argument(help="A store, or an export: a folder or a URL.")]) -> None:
+def show(store: StoreArgument) -> None:
     """What is in a store: its columns, who made them, what failed.
 
     Example: arra data show runs/store
@@ -264,7 +267,7 @@ def show(store: Annotated[str, typer.Argument(help="A store, or an export: a fol
 
 
 @data.command()
-def verify(store: Annotated[str, typer.Argument(help="A store, or an export: a folder or a URL.")]) -> None:
+def verify(store: StoreArgument) -> None:
     """Hash every file of a store; exit code 1 if one is damaged.
 
     Example: arra data verify runs/store
@@ -311,7 +314,7 @@ def export(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a built-in one.")],
+    recipe: RecipeArgument,
     row: RowOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder; run again to resume.")] = None,
     store: Annotated[Path, typer.Option("--store", help="The store to train on.")] = Path("runs/store"),
@@ -331,20 +334,19 @@ def train(
         typer.echo(describe_recipe(loaded), nl=False)
         return
     from arra.data.remote import open_store
-    from arra.stages.process import leave_with_parent
+    from arra.display import Display
+    from arra.stages.process import leave_with_parent, silent, started_by_demo
     from arra.stages.train import train as train_run
 
     leave_with_parent()
-    run = train_run(loaded, open_store(store), out or Path("runs") / (loaded.row or loaded.name))
+    with Display(_console()) as display:
+        run = train_run(
+            loaded,
+            open_store(store),
+            out or Path("runs") / (loaded.row or loaded.name),
+            progress=silent if started_by_demo() else display.row("train"),
+        )
     typer.echo(str(run.path))
-
-
-TokenizerOption = Annotated[
-    str | None, typer.Option("--tokenizer", help="Image tokenizer in place of the run's: a name or a folder.")
-]
-TokenizerWeightsOption = Annotated[
-    Path | None, typer.Option("--tokenizer-weights", help="Checkpoint file of a published tokenizer.")
-]
 
 
 @app.command()
@@ -402,7 +404,7 @@ def generate(
 @app.command()
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs.")],
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
+    threads: ThreadsOption = None,
     tokenizer_weights: TokenizerWeightsOption = None,
     device: DeviceOption = "auto",
 ) -> None:

@@ -13,7 +13,7 @@ from arra.align import Alignment, TargetSpace
 from arra.config import load_recipe
 from arra.data.batches import text_batch
 from arra.models import Decoder
-from arra.stages.train import decoder_settings
+from arra.stages.model import decoder_settings
 from arra.train.objective import compute_losses
 
 FEATURE_SIZE = 1280

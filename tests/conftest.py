@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
@@ -52,6 +54,32 @@ class Pipeline:
     @property
     def page(self) -> Path:
         return self.root / "runs" / "report.html"
+
+
+@pytest.fixture
+def interrupt_writing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which Ctrl-C comes at the writing of a shard, after so many that survive; it must come."""
+    from arra.data.columns import ColumnWriter
+
+    write = ColumnWriter.write
+
+    @contextmanager
+    def interrupted(survive: int) -> Iterator[None]:
+        left = survive
+
+        def stop(self: ColumnWriter, *arguments: Any, **options: Any) -> None:
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            write(self, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ColumnWriter, "write", stop)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+
+    return interrupted
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import torch
 
 import arra
 from arra.config import Recipe, load_recipe
-from arra.data.columns import ColumnWriter
 from arra.data.store import Store
 from arra.encoders import caption_text
 from arra.errors import ArraError
@@ -122,23 +122,12 @@ def test_parts_and_batches_of_a_job_array_make_the_store_of_one(
 
 def test_interrupted_at_any_shard_it_continues(
     tmp_path: Path, recipe_for: Callable[..., Recipe], whole: tuple[Path, dict[str, str]],
-    monkeypatch: pytest.MonkeyPatch,
+    interrupt_writing: Callable[[int], AbstractContextManager[None]],
 ) -> None:  # fmt: skip
-    write, store = ColumnWriter.write, tmp_path / "store"
+    store = tmp_path / "store"
     for survive in (0, 1, 3):
-        left = survive
-
-        def stop(self: ColumnWriter, *arguments: object, **options: object) -> None:
-            nonlocal left
-            if not left:
-                raise KeyboardInterrupt
-            left -= 1
-            write(self, *arguments, **options)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(ColumnWriter, "write", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with interrupt_writing(survive):
             prepare(recipe_for(), store, options=INLINE, only=TEXT)
-    monkeypatch.setattr(ColumnWriter, "write", write)
     found = prepare(recipe_for(), store, options=INLINE, only=TEXT)
     assert found.already + found.done == 40
     assert found.already > 0

@@ -17,7 +17,7 @@ from arra.train.interrupt import TrainingInterrupted
 
 COMMANDS = (
     *("demo", "prepare", "tokenize", "extract", "train", "generate", "evaluate", "report", "doctor", "list"),
-    *("import", "export"),
+    *("import", "export", "reconstruct"),
     *("data check", "data show", "data verify", "data export"),
 )
 

@@ -25,6 +25,9 @@ from arra.stages.wishes import read_prompts
 from arra.train.interrupt import TrainingInterrupted
 from arra.train.loop import Trainer
 
+INLINE = PrepareOptions(workers=0)
+"""A loader process costs the import of torch."""
+
 
 def contents(folder: Path) -> dict[str, str]:
     """The hash of every file, by its place."""
@@ -95,11 +98,23 @@ def test_an_interrupted_training_ends_in_the_same_weights(pipeline, tmp_path: Pa
             train(recipe, store, tmp_path / "aligned")
     with pytest.raises(ArraError, match="training has not finished; run the command that began it again, or: arra tr"):
         load_run(tmp_path / "aligned")
-    train(recipe, store, tmp_path / "aligned")
+    told: list[tuple[Any, ...]] = []
+    train(recipe, store, tmp_path / "aligned", progress=lambda *what: told.append(what))
     for name in ("model.safetensors", "model.json", "tokenizer.json"):
         assert file_hash(tmp_path / "aligned" / name) == file_hash(pipeline.aligned / name)
     rows = Run.open(tmp_path / "aligned").read_metrics()
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 101))
+    steps = [row["step"] for row in rows if row["step"] > 33]
+    assert [what[:3] for what in told] == [("step", step, 100) for step in steps]
+    last = [row for row in rows if row["kind"] == "train"][-1]
+    assert f"ntp {last['ntp_loss']:.3f}, gva {last['gva_loss']:.3f}, " in [what[3] for what in told][steps.index(100)]
+
+
+def test_training_by_many_processes_is_refused(pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ArraError, match=r"one of 2 processes \(WORLD_SIZE\), trains with one"):
+        train(recipe_of(pipeline.aligned), Store.open(pipeline.store), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_lost_weights_come_back_from_the_checkpoint(pipeline, toy_copy):
@@ -138,7 +153,7 @@ def test_a_store_of_other_pictures_is_refused(
     (other / "000.png").unlink()
     Image.new("RGB", (9, 9)).save(other / "000.png")
     recipe = load_recipe(pipeline.aligned / "recipe.yaml", overrides=[f"data.path={other}"])
-    prepared = prepare(recipe, tmp_path / "other-store").checked()
+    prepared = prepare(recipe, tmp_path / "other-store", options=INLINE).checked()
     with pytest.raises(ArraError, match=r"another recipe: data.path"):
         train(recipe, prepared, toy_copy.aligned)
     with pytest.raises(ArraError, match="another manifest: store_sha256"):
@@ -157,14 +172,14 @@ def test_a_column_added_later_sees_the_pictures_of_the_others(
     changes = [f"data.path={moved}", "encoder.teacher=efficientnet-lite1"]
     recipe = load_recipe(pipeline.aligned / "recipe.yaml", overrides=changes)
     shutil.copy(moved / "000.png", moved / "001.png")
-    found = prepare(recipe, toy_copy.store, options=PrepareOptions(workers=0), only=("features",))
+    found = prepare(recipe, toy_copy.store, options=INLINE, only=("features",))
     assert (found.ok, found.failed) == (False, 1)
     with pytest.raises(ArraError, match=r"moved/001.png: the picture is not the one that the store was made from; re"):
         found.checked()
     before = contents(toy_copy.store)
     draw_pictures(tmp_path / "again")
     shutil.copy(tmp_path / "again" / "001.png", moved / "001.png")
-    found = prepare(recipe, toy_copy.store, options=PrepareOptions(workers=0), only=("features",))
+    found = prepare(recipe, toy_copy.store, options=INLINE, only=("features",))
     assert found.ok
     after = contents(toy_copy.store)
     added = {name for name in after if before.get(name) != after[name]}
@@ -200,7 +215,7 @@ def test_a_lost_store_is_told_and_can_be_made_again(pipeline, toy_copy):
         evaluate(toy_copy.aligned)
     assert "the store it was trained on is gone or has changed, it was" in line_of(error)
     assert "arra prepare" in line_of(error)
-    prepare(recipe_of(toy_copy.aligned), toy_copy.store)
+    prepare(recipe_of(toy_copy.aligned), toy_copy.store, options=INLINE)
     expected = {(r.key, r.value) for r in Evaluation.load(pipeline.aligned).card.results}
     assert {(r.key, r.value) for r in evaluate(toy_copy.aligned, threads=1).card.results} == expected
 
@@ -209,7 +224,7 @@ def test_pictures_that_changed_since_are_not_judged(toy_copy, tmp_path: Path, dr
     pictures = draw_pictures(tmp_path / "pictures")
     changes = [f"data.path={pictures}", "train.steps=2", "data.store_pixels=false", "caption_judge=null"]
     recipe = load_recipe(toy_copy.baseline / "recipe.yaml", overrides=changes)
-    run = train(recipe, prepare(recipe, tmp_path / "store").checked(), tmp_path / "run")
+    run = train(recipe, prepare(recipe, tmp_path / "store", options=INLINE).checked(), tmp_path / "run")
     for path in pictures.glob("*.png"):
         Image.new("RGB", (48, 48), "teal").save(path)
     with pytest.raises(
@@ -244,7 +259,7 @@ def test_damaged_files_of_the_store_are_told_or_made_again(pipeline, toy_copy):
     (toy_copy.aligned / "metrics.json").unlink()
     with pytest.raises(ArraError, match=r"codes/00000.arrow: missing or damaged .*; run: arra prepare"):
         evaluate(toy_copy.aligned)
-    prepare(recipe_of(toy_copy.aligned), toy_copy.store)
+    prepare(recipe_of(toy_copy.aligned), toy_copy.store, options=INLINE)
     evaluate(toy_copy.aligned, threads=1)
 
 
@@ -275,16 +290,16 @@ def test_a_tokenizer_is_trained_into_the_store_and_travels_with_the_run(
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(TrainingInterrupted):
-        prepare(recipe(), tmp_path / "store", progress=interrupt)
+        prepare(recipe(), tmp_path / "store", options=INLINE, progress=interrupt)
     steps: list[int] = []
 
     def count(what: str, done: int, total: int, note: str = "") -> None:
         if "tokenizer" in what:
             steps.append(done)
 
-    store = prepare(recipe(), tmp_path / "store", progress=count).checked()
+    store = prepare(recipe(), tmp_path / "store", options=INLINE, progress=count).checked()
     assert steps == [3]
-    whole = prepare(recipe(), tmp_path / "uninterrupted").checked()
+    whole = prepare(recipe(), tmp_path / "uninterrupted", options=INLINE).checked()
     weights = "tokenizer/tokenizer.safetensors"
     assert file_hash(store.path / weights) == file_hash(whole.path / weights)
     run = train(recipe(), store, tmp_path / "run")
@@ -293,7 +308,7 @@ def test_a_tokenizer_is_trained_into_the_store_and_travels_with_the_run(
     steps.clear()  # another training of the tokenizer starts anew, though checkpoints of the first are there
     with pytest.raises(ArraError, match="trained otherwise than the recipe says; use another store, or make both anew"):
         prepare(recipe("tokenizer.train.steps=2"), tmp_path / "store")
-    anew = PrepareOptions(replace=True)
+    anew = PrepareOptions(workers=0, replace=True)
     store = prepare(recipe("tokenizer.train.steps=2"), tmp_path / "store", options=anew, progress=count).checked()
     assert steps == [1, 2]
     assert load_run(run.path).store is None

@@ -1,10 +1,16 @@
 """Classes and prompts as the command line gives them."""
 
+from pathlib import Path
+
 import pytest
 
 from arra.errors import ArraError
-from arra.models import Decoder, DecoderSettings
+from arra.models import Decoder, DecoderSettings, save_model
+from arra.stages.paint import load_painter
 from arra.stages.wishes import label_wishes, make_wishes, prompt_wishes, read_asked
+from arra.tokenizers.image import ImageTokenizer
+from arra.tokenizers.vq import VQModel, VQSettings
+from tests.encoders.toy_t5 import make_toy_t5
 
 NAMES = ["tench, Tinca tinca", "crane", "tabby, tabby cat", "crane", "maillot"]
 
@@ -77,3 +83,26 @@ def test_what_a_model_does_not_take() -> None:
         label_wishes(model(condition="caption"), ["1"])
     with pytest.raises(ArraError, match="reads captions through flan-t5-xl; give its folder with --text-encoder"):
         make_wishes(model(condition="caption"), ["a cat"], [])
+
+
+def test_a_text_encoder_of_another_width(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the extra 'text' is not installed")
+    painter = model(condition="caption")  # captions of 2048
+    painter.about["text_encoder"] = {"name": "flan-t5-small", "clean": True}
+    with pytest.raises(ArraError, match="its vectors are 512 wide, the model takes 2048; give the folder of"):
+        prompt_wishes(painter, ["a red bar"], folder=make_toy_t5(tmp_path / "t5"))
+
+
+def test_a_tokenizer_of_other_pixels_per_code(tmp_path: Path) -> None:
+    """As many codes, another picture: only the training script's arguments tell."""
+    settings = VQSettings(channels=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8, num_codes=4, code_dim=4)
+    ImageTokenizer(VQModel(settings), name="half", weights_hash=None).save(tmp_path / "vq")
+    for told, fits in (({"downsample_size": 2}, True), ({"downsample_size": 16}, False), ({}, True), ([16], True)):
+        painter = model()
+        painter.about["origin"] = {"args": told}
+        folder = save_model(painter, tmp_path / "model")
+        if fits:
+            assert load_painter(folder, tokenizer=str(tmp_path / "vq")).tokenizer.name == "half"
+            continue
+        with pytest.raises(ArraError, match="2 pixels per code, the model was trained with 16"):
+            load_painter(folder, tokenizer=str(tmp_path / "vq"))

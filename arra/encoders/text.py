@@ -109,7 +109,12 @@ class TextEncoder:
 
         Captions go through the network beside others of about their length; who is beside them changes nothing but
         the rounding.
+
+        Raises:
+            ArraError: one caption in place of several.
         """
+        if isinstance(captions, str):  # a sequence too, of letters
+            raise ArraError(f"captions: got one text, expected a sequence of them, as in [{captions[:20]!r}]")
         slots, ids = self.spec.num_slots, self.tokenize(captions)
         features = torch.zeros(len(ids), slots, self.spec.feature_size, device=self.device)
         mask = torch.zeros(len(ids), slots, dtype=torch.bool, device=self.device)

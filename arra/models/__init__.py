@@ -75,9 +75,18 @@ def open_weights(weights: Weights, *, known: dict[str, Any], how: Fitting) -> De
         weights.state, source=source, known={**{field: value for field, (value, _) in told.items()}, **known}
     )
     model, left = build_decoder(weights, decoder_settings(source, fields), how)
-    who = {field: "given" if field in known else told[field][1] for field in told.keys() | known.keys()}
+    who = {field: _told_by(field, known, told) for field in told.keys() | known.keys()}
     model.about["origin"] = weights.facts() | {"told": who} | left.facts()
     return model
+
+
+def _told_by(field: str, known: dict[str, Any], told: dict[str, tuple[Any, str]]) -> str:
+    """Who said so, and who says otherwise."""
+    if field not in known:
+        return told[field][1]
+    value, who = told.get(field, (known[field], ""))
+    same = value == (tuple(known[field]) if isinstance(known[field], list) else known[field])
+    return "given" if same else f"given, against {value} by {who}"
 
 
 def save_model(model: Decoder, folder: str | Path) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from arra.models import lean
 from arra.models.cache import KVCache
-from arra.models.products import inferred, inferred_pair
+from arra.models.products import inferred, inferred_pair, is_unheard
 from arra.models.settings import DecoderSettings
 
 
@@ -170,7 +170,7 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor, norm: RMSNorm, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, S, E) of the normed stream, the first two turned by the rotary table."""
         turning, kinds = self.num_heads + self.kv_heads, [self.num_heads, self.kv_heads, self.kv_heads]
-        if lean.usable(x, self.wqkv):
+        if lean.usable(x, self.wqkv) and is_unheard(norm):
             heads = lean.norm_heads(x, norm.weight, self.wqkv.weight, table, turning, norm.eps)
         else:
             heads = lean.linear(norm(x), self.wqkv).unflatten(-1, (-1, self.head_dim))
@@ -192,13 +192,13 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(settings.ffn_width, settings.hidden_size, bias=False)
 
     @property
-    def side_by_side(self) -> tuple[nn.Linear, nn.Linear]:
+    def side_by_side(self) -> tuple[nn.Module, nn.Module]:
         """The layers that read the same input."""
         return self.w1, self.w3
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """(B, S, D): what the feed-forward of the normed stream adds to it."""
-        if lean.usable(x, self.w1, self.w3, self.w2):
+        if lean.usable(x, self.w1, self.w3, self.w2) and is_unheard(norm):
             added = lean.norm_swiglu(
                 x.flatten(0, 1), norm.weight, self.w1.weight, self.w3.weight, self.w2.weight, norm.eps
             )

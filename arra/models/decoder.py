@@ -23,7 +23,7 @@ from arra.models import lean
 from arra.models.blocks import EMBEDDINGS, Block, RMSNorm, Rotary, attention_mask
 from arra.models.cache import KVCache
 from arra.models.hub import DecoderFromHub
-from arra.models.products import MIN_ROWS
+from arra.models.products import MIN_ROWS, is_unheard
 from arra.models.settings import DecoderSettings
 
 __all__ = ["Condition", "Decoder", "DecoderSettings", "ModelOutput", "TextTokenizer", "left_padded"]
@@ -100,7 +100,8 @@ class Decoder(nn.Module, DecoderFromHub):
         self.norm = RMSNorm(settings.hidden_size, settings.norm_eps)
         self.output = nn.Linear(settings.hidden_size, settings.num_codes, bias=False)
         self.rotary = Rotary(settings)
-        self._initialize()
+        if not self.norm.weight.is_meta:  # nothing to fill, and it takes as long as building
+            self._initialize()
 
     def _initialize(self) -> None:
         for module in self.modules():
@@ -150,7 +151,7 @@ class Decoder(nn.Module, DecoderFromHub):
         mask = attention_mask(prefix_mask, start=start, end=end, device=tokens.device)
         x = self.tok_dropout(self._embed(tokens, start, caption, null_caption))
         captured = {0: x} if 0 in capture else {}
-        if cache is not None and end == start + 1 and not self.training and _steps_fast(x):
+        if cache is not None and end == start + 1 and _steps_fast(self, x):
             return self._step(x, table, mask, cache, start, capture, captured)
         for index, block in enumerate(self.layers):
             x = block(x, table, mask, cache, index, start)
@@ -206,6 +207,11 @@ class Decoder(nn.Module, DecoderFromHub):
             raise ArraError(
                 f"codes: got {tuple(codes.shape)} for {len(condition)} conditions, expected one row each of "
                 f"{height} x {width} codes"
+            )
+        if flat.numel() and (flat.min() < 0 or flat.max() >= self.settings.num_codes):
+            raise ArraError(
+                f"codes: {flat.min()}..{flat.max()} are outside 0..{self.settings.num_codes - 1}; they come from another "
+                "tokenizer"
             )
         tokens = torch.cat([condition.tokens, flat[:, :-1]], dim=1)
         hidden = self(tokens, **condition.inputs()).last_hidden
@@ -284,8 +290,14 @@ class Decoder(nn.Module, DecoderFromHub):
         return Condition(placeholders, mask, features, torch.zeros(len(features), dtype=torch.bool, device=self.device))
 
 
-def _steps_fast(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+def _steps_fast(model: Decoder, x: Tensor) -> bool:
+    """Whether `_step` may stand in: float32 on a CPU, no gradients, and nobody listens to what it does not call."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not (model.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and all(map(is_unheard, model.layers.modules()))
+    )
 
 
 def left_padded(

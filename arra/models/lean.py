@@ -33,7 +33,7 @@ def usable(x: Tensor, *layers: nn.Module) -> bool:
     )
 
 
-def linear(x: Float[Tensor, "*any I"], layer: nn.Linear) -> Float[Tensor, "*any O"]:
+def linear(x: Float[Tensor, "*any I"], layer: nn.Module) -> Float[Tensor, "*any O"]:
     """`layer(x)` for a layer without bias; with gradients where they are wanted."""
     if usable(x, layer):
         return _Linear.apply(x.flatten(0, -2), layer.weight).unflatten(0, x.shape[:-1])

@@ -46,6 +46,8 @@ CONFIG_FIELDS = {
     "token_dropout_p": "token_dropout",
     "resid_dropout_p": "resid_dropout",
     "ffn_dropout_p": "ffn_dropout",
+    "attn_dropout_p": "attn_dropout",
+    "drop_path_rate": "drop_path",
 }
 
 
@@ -83,7 +85,15 @@ def fresh_decoder(settings: DecoderSettings) -> Decoder:
 
 
 def told_settings(weights: Weights) -> dict[str, tuple[Any, str]]:
-    """Settings that tensor shapes do not tell but the file's surroundings do: field -> (value, who says so)."""
+    """Settings that tensor shapes do not tell but the file's surroundings do: field -> (value, who says so).
+
+    Raises: ArraError for a model that was trained without a null class, whose last class would be taken for it.
+    """
+    if weights.config.get("class_dropout_prob") == 0 and "cls_embedding.embedding_table.weight" in weights.state:
+        raise ArraError(
+            f"{weights.source}: class_dropout_prob is 0 in its config.json: the class table has no null class, which "
+            "decoders here end with; train it with a class_dropout_prob above 0"
+        )
     told: dict[str, tuple[Any, str]] = {}
     if name := PIXELS_IN_NAME.search(weights.source.stem):
         side = int(name[1]) // DOWNSAMPLING

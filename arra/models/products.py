@@ -10,6 +10,7 @@ Letters: N rows, I input width, O output width.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,17 @@ def product(a: Float[Tensor, "N I"], b: Float[Tensor, "I O"]) -> Float[Tensor, "
     return a @ b
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling the layer is its matrix product and nothing else: no bias, no wrapper (LoRA), no listener."""
-    return type(layer) is nn.Linear and layer.bias is None and not layer._forward_hooks and not layer._forward_pre_hooks
+    return type(layer) is nn.Linear and layer.bias is None and is_unheard(layer)
 
 
-def inferred(x: Float[Tensor, "*any I"], layer: nn.Linear) -> Float[Tensor, "*any O"]:
+def is_unheard(module: nn.Module) -> bool:
+    """Whether nobody listens to the module's calls, so that it need not be called for its result."""
+    return not module._forward_hooks and not module._forward_pre_hooks
+
+
+def inferred(x: Float[Tensor, "*any I"], layer: nn.Module) -> Float[Tensor, "*any O"]:
     """`layer(x)` where no gradients are wanted, from the packed weights where there are any.
 
     On a CPU a row's result is the same bits whatever rows stand beside it.
@@ -70,8 +76,10 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     if not sound or 4 * sum(weight.numel() for weight in weights) > _free_bytes() / 2:
         yield
         return
-    pairs = [module.side_by_side for module in model.modules() if hasattr(module, "side_by_side")]
-    partner = {first: second for first, second in pairs}
+    asked = [pair for module in model.modules() if (pair := getattr(module, "side_by_side", None)) is not None]
+    partner: dict[nn.Module, nn.Linear] = {
+        first: second for first, second in asked if is_plain(first) and is_plain(second)
+    }
     seconds = set(partner.values())
     try:
         for layer in layers:
@@ -86,10 +94,10 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
             layer.__dict__.pop(_PACKED_PAIR, None)
 
 
-def inferred_pair(x: Float[Tensor, "N I"], first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor]:
+def inferred_pair(x: Float[Tensor, "N I"], first: nn.Module, second: nn.Module) -> tuple[Tensor, Tensor]:
     """What two layers of one width give for the same rows; from weights packed side by side it is one product."""
     packed = first.__dict__.get(_PACKED_PAIR)
-    if packed is None or len(x) < MIN_ROWS:
+    if packed is None or len(x) < MIN_ROWS or not is_plain(first):
         return inferred(x, first), inferred(x, second)
     both: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     left, right = both.split(first.out_features, dim=1)

@@ -183,7 +183,8 @@ def _read_pickle(path: Path) -> Any:
             "it could run code; get the weights as safetensors or from their publisher"
         ) from error
     except DAMAGE as error:
-        raise ArraError(f"{path}: not a readable checkpoint ({_first_line(error)}); fetch it again") from error
+        reason = "no archive of torch.save" if isinstance(error, KeyError) else _first_line(error)
+        raise ArraError(f"{path}: not a readable checkpoint ({reason}); fetch it again") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ WEIGHTS_NAMES = ("model.safetensors", "consolidated.pth")
 """In a folder: ours, and FSDP's."""
 SAME = (
     "condition", "num_layers", "num_heads", "kv_heads", "hidden_size", "ffn_width", "num_codes", "prefix_length",
-    "prefix_rotary", "text_vocab_size",
+    "prefix_rotary", "text_vocab_size", "rope_base", "norm_eps",
 )  # fmt: skip
 """Settings that given weights and the recipe must agree on; the grid is free: no weight depends on it."""
 
@@ -46,7 +46,12 @@ def decoder_settings(
     Where the data are not known yet, classes are taken to be ImageNet's, caption features as wide as the recipe's text
     encoder makes them.
     """
-    m, side = recipe.model, recipe.data.image_size // downsampling
+    m, (side, rest) = recipe.model, divmod(recipe.data.image_size, downsampling)
+    if rest:
+        raise ArraError(
+            f"data.image_size: {recipe.data.image_size} is no multiple of {downsampling}, the pixels per code of "
+            f"{recipe.tokenizer.name}; change it"
+        )
     told: dict[str, Any] = {}
     if m.condition == "class":
         told["num_classes"] = num_classes or m.num_classes or IMAGENET_CLASSES

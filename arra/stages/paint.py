@@ -158,6 +158,14 @@ def _given_tokenizer(
             f"--tokenizer {name}: it has {tokenizer.num_codes} codes, the model paints {model.settings.num_codes}; "
             "name the one whose codes it was trained on"
         )
+    pixels: Any = model.about
+    for key in ("origin", "args", "downsample_size"):
+        pixels = pixels.get(key) if isinstance(pixels, dict) else None
+    if isinstance(pixels, int) and pixels != tokenizer.model.settings.downsampling:
+        raise ArraError(
+            f"--tokenizer {name}: {tokenizer.model.settings.downsampling} pixels per code, the model was trained with "
+            f"{pixels} (the arguments in its checkpoint); name that one"
+        )
     return tokenizer
 
 

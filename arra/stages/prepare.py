@@ -79,6 +79,7 @@ class PrepareOptions:
 
 
 def parse_options(
+    *,
     engine: str,
     shard: str | None,
     workers: int | None,
@@ -255,7 +256,7 @@ def _missing_captions(
     if missing and recipe.text_encoder is not None:
         require_transformers(recipe.text_encoder.name)
         if recipe.text_encoder.clean:
-            clean_caption("")
+            clean_caption("")  # asks for its package now, before hours over the pictures
     return missing
 
 

@@ -3,10 +3,12 @@
 Legend: N records, P image positions, F feature.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +40,7 @@ from arra.stages.pictures import (
     require_columns,
     tokenizer_if_given,
 )
-from arra.stages.process import locked
+from arra.stages.process import Progress, locked, silent
 from arra.stages.tokenizer import tokenizer_folder
 from arra.tokenizers import ImageTokenizer
 from arra.tokenizers.image import CARD_FILE, WEIGHTS_FILE
@@ -125,11 +127,11 @@ def source_weights(recipe: Recipe, store: Store) -> tuple[float, ...] | None:
     return tuple(source.weight for source in sources)
 
 
-def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) -> Run:
+def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, progress: Progress = silent) -> Run:
     """The finished run: trained to the last step, resuming if it was begun.
 
     Raises:
-        ArraError: the folder holds another recipe's run, or the store does not fit the recipe.
+        ArraError: the folder holds another recipe's run, the store does not fit the recipe, or torchrun started many.
         TrainingInterrupted: a signal asked to stop; run again to continue.
     """
     if recipe.data.crop.kind == "buckets":
@@ -137,6 +139,8 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
             f"data.crop: '{recipe.data.crop.kind}' gives pictures of many shapes, this model paints one grid; "
             "use center, flip, ten_crop or random"
         )
+    if (ranks := os.environ.get("WORLD_SIZE", "")) not in ("", "1"):
+        raise ArraError(f"train: started as one of {ranks} processes (WORLD_SIZE), trains with one; start it by itself")
     set_threads(recipe.train.threads)
     torch.set_flush_denormal(True)  # optimiser states of rare words decay into denormals, which are slow
     tokenizer = tokenizer_if_given(recipe, store)
@@ -185,6 +189,7 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True) 
             settings=recipe.train,
             run=run,
             preview=_previewer(data, run) if previews else None,
+            watch=_watcher(progress, recipe.train.steps),
         )
         try:
             trainer.train()
@@ -218,6 +223,17 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
     """Whether the run's last step is done and its model saved."""
     saved = all((run.path / name).is_file() for name in ("model.safetensors", "model.json"))
     return saved and any(row["step"] == recipe.train.steps for row in run.read_metrics()[-3:])
+
+
+def _watcher(progress: Progress, steps: int) -> Callable[[dict[str, Any]], None]:
+    def watch(row: dict[str, Any]) -> None:
+        note = f"validation {row['ntp_loss']:.3f}"
+        if row["kind"] == "train":
+            aligned = "" if row["gva_loss"] is None else f", gva {row['gva_loss']:.3f}"
+            note = f"ntp {row['ntp_loss']:.3f}{aligned}, {row['images_per_second']:.1f} pictures/s"
+        progress("step", row["step"], steps, note)
+
+    return watch
 
 
 def _previewer(data: TrainingData, run: Run) -> Callable[[Decoder, int], None] | None:

@@ -98,6 +98,11 @@ def prompt_wishes(
     # a CPU without bfloat16 units is many times slower at it
     dtype = "float32" if untold and model.device.type == "cpu" else section.dtype
     encoder = load_text_encoder(name, weights=weights, device=model.device, dtype=dtype)
+    if encoder.spec.feature_size != model.settings.caption_dim:
+        raise ArraError(
+            f"--text-encoder {weights}: its vectors are {encoder.spec.feature_size} wide, the model takes "
+            f"{model.settings.caption_dim}; give the folder of the encoder that it was trained with"
+        )
     expected = trained.get("sha256")
     if expected is not None and encoder.weights_hash != expected:
         raise ArraError(

@@ -63,8 +63,9 @@ class ImageTokenizer(FromHub):
         """Codes of images, uint8 or float in [-1, 1].
 
         Raises:
-            ArraError: the sides are no multiples of `downsampling`.
+            ArraError: they are no such tensor, or the sides are no multiples of `downsampling`.
         """
+        refuse_no_images(images, self.name)
         if images.dtype == torch.uint8:
             images = images.permute(0, 3, 1, 2)
         step = self.downsampling
@@ -151,7 +152,10 @@ def load_tokenizer(
         known = ", ".join([EMBEDDED, "llamagen", *PUBLISHED])
         raise ArraError(f"tokenizer '{name}': neither a folder nor a known name; known are {known}")
     if weights is None:
-        raise ArraError(f"tokenizer '{name}': its weights do not come with the package; give the file as weights=PATH")
+        raise ArraError(
+            f"tokenizer '{name}': its weights do not come with the package; give the file as weights=PATH "
+            "(--weights or --tokenizer-weights on the command line, tokenizer.weights in a recipe)"
+        )
     known_settings = {**PUBLISHED.get(str(name), {}), **settings}
     return open_vq_weights(read_weights(weights, entry=entry), known=known_settings, how=how, name=str(name))
 
@@ -167,6 +171,10 @@ def open_vq_weights(
         ArraError: they are no VQ tokenizer's, or do not fit the settings.
     """
     source = str(weights.source)
+    if weights.config.get("codebook_l2_norm") is False:
+        raise ArraError(
+            f"{source}: codebook_l2_norm is false in its config.json; tokenizers here compare normalised vectors only"
+        )
     fields = infer_vq_settings(weights.state, source=source, known=known)
     model, left = build_vq(weights, vq_settings(source, fields), how)
     published = {VQSettings(**shape): known_name for known_name, shape in PUBLISHED.items()}
@@ -192,6 +200,21 @@ def _load_folder(folder: Path, how: Fitting) -> ImageTokenizer:
         )
     model, _ = build_vq(weights, vq_settings(str(folder / CARD_FILE), fields), how)
     return ImageTokenizer(model, name=name, weights_hash=found, about=card.get("about"))
+
+
+def refuse_no_images(images: Any, name: str) -> None:
+    """Nothing, if this is a batch of images of one of the two kinds.
+
+    Raises:
+        ArraError: it is not.
+    """
+    tensor = isinstance(images, Tensor) and images.dim() == 4
+    if tensor and images.shape[3 if images.dtype == torch.uint8 else 1] == 3:
+        return
+    found = f"{type(images).__name__} of {getattr(images, 'dtype', '?')} {tuple(getattr(images, 'shape', ()))}"
+    raise ArraError(
+        f"tokenizer {name}: images: got {found}; expected a tensor, uint8 (B, H, W, 3) or float (B, 3, H, W)"
+    )
 
 
 def to_float(images: UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:

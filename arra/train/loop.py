@@ -39,6 +39,8 @@ class Trainer:
     run: Run
     preview: Callable[[Decoder, int], None] | None = None
     """Called as preview(model, step); must leave model and random state as they are."""
+    watch: Callable[[dict[str, Any]], None] | None = None
+    """Called with every row of the metrics."""
 
     def __post_init__(self) -> None:
         self.step, self.seconds = 0, 0.0
@@ -113,7 +115,7 @@ class Trainer:
         """Logs, validates, previews and saves when it is time to; never changes what is trained."""
         s, last = self.settings, self.step == self.settings.steps
         if self.step % s.log_every_steps == 0 or last or self.step == 1:
-            self.run.append_metrics(
+            self.log(
                 {
                     "kind": "train",
                     "step": self.step,
@@ -132,12 +134,18 @@ class Trainer:
             with self.averaged():
                 ntp = validation_loss(self.model, self.validation)
             row = {"kind": "validation", "step": self.step, "seconds": round(self.seconds, 3), "ntp_loss": ntp}
-            self.run.append_metrics(row)
+            self.log(row)
         if self.preview and s.preview_every_steps and (self.step % s.preview_every_steps == 0 or last):
             with self.averaged():
                 self.preview(self.model, self.step)
         if self.step % s.checkpoint_every_steps == 0 or last:
             self.save()
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Nothing; the row is in the run's metrics, and whoever watches has seen it."""
+        self.run.append_metrics(row)
+        if self.watch is not None:
+            self.watch(row)
 
     def save(self) -> None:
         """Nothing; the newest checkpoint is this step's."""

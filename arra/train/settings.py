@@ -81,7 +81,7 @@ class AdversarialSettings(Settings):
     start_step: int = Field(20_000, ge=0)
     """Steps without it at first: neither run nor trained. LlamaGen fine-tunes with 0."""
     weight: float = Field(0.5, ge=0)
-    """Factor beside the tokenizer's other losses."""
+    """Factor beside the tokenizer's other losses; and of the discriminator's own, where it counts in clipping alone."""
     adaptive: bool = False
     """Also multiply by the ratio of gradient norms at the decoder's last layer, reconstruction over adversarial."""
     num_layers: int = Field(3, gt=0, le=6)
@@ -132,6 +132,8 @@ class TokenizerTrainSettings(Settings):
     """Codes unused over this many steps restart, during the first half of training; null never (LlamaGen)."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
     """Decay of the averaged weights, which are what is saved; LlamaGen: 0.9999."""
+    ema_warmup: bool = True
+    """Average over fewer steps at first; false is a constant decay, as LlamaGen has it."""
     crop: CropSettings | None = None
     """Read pictures while training, in this crop (`kind: random`, LlamaGen); null holds all in memory, as follows."""
     augment: float = Field(0.3, ge=0, le=1)

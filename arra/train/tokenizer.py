@@ -94,7 +94,7 @@ class TokenizerTrainer:
         self.last_used[quantized.codes.flatten()] = self.step
         self.codes_per_step = quantized.codes.numel()
         self._restart_codes(vectors, generator)
-        decay = min(s.ema_decay, (1 + self.step) / (10 + self.step))
+        decay = min(s.ema_decay, (1 + self.step) / (10 + self.step)) if s.ema_warmup else s.ema_decay
         with torch.no_grad():
             now = self.model.state_dict()
             torch._foreach_lerp_(list(self.average.values()), [now[name] for name in self.average], 1 - decay)
@@ -160,7 +160,9 @@ class TokenizerTrainer:
         with self._mixed():
             real, fake = discriminator(images), discriminator(output)
         loss = discriminator_loss(real.float(), fake.float(), kind=a.loss)
-        self._descend(self.discriminator_optimizer, loss, rate=a.learning_rate * factor, clip_norm=a.clip_norm)
+        rate = a.learning_rate * factor
+        # weighted as LlamaGen has it: Adam does not feel the factor, clipping does
+        self._descend(self.discriminator_optimizer, a.weight * loss, rate=rate, clip_norm=a.clip_norm)
         return loss
 
     def _descend(self, optimizer: torch.optim.Optimizer, loss: Tensor, *, rate: float, clip_norm: float) -> None:

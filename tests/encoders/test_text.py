@@ -75,6 +75,11 @@ def test_who_stands_beside_a_caption_changes_nothing(encoder: TextEncoder) -> No
         torch.testing.assert_close(alone.features[0], together.features[place], rtol=0, atol=1e-5)
 
 
+def test_one_text_is_no_sequence_of_captions(encoder: TextEncoder) -> None:
+    with pytest.raises(ArraError, match=r"got one text, expected a sequence of them, as in \['a red bar'\]"):
+        encoder.encode("a red bar")
+
+
 def test_slots_begin_on_the_left_and_the_rest_is_zero(encoder: TextEncoder) -> None:
     found = encoder.encode(CAPTIONS)
     lengths = [min(count, 120) for count in found.num_tokens]

@@ -1,5 +1,6 @@
 """Our VQ tokenizer against arrays made by running LlamaGen itself on random weights (see llamagen/README.md)."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import arra
 from arra.tokenizers import ImageTokenizer
 from arra.tokenizers.vq import VQModel, VQSettings
 from arra.tokenizers.weights import STRAY
+from arra.train.settings import TokenizerTrainSettings
+from arra.train.tokenizer import TokenizerTrainer
 
 FOLDER = Path(__file__).parent / "llamagen"
 WEIGHTS = FOLDER / "vq_f16_nrb2.pt"
@@ -82,6 +85,33 @@ def test_losses(tokenizer: ImageTokenizer, gold: dict[str, Tensor]) -> None:
     assert quantized.codebook_loss.item() == pytest.approx(gold["vq_loss"].item(), rel=1e-4)
     assert quantized.commitment_loss.item() == pytest.approx(gold["commit_loss"].item(), rel=1e-4)
     assert quantized.entropy_loss.item() == pytest.approx(gold["entropy_loss"].item(), rel=2e-5)
+
+
+@dataclass(frozen=True)
+class TheImages:
+    """Every step sees the golden pictures."""
+
+    images: Tensor
+
+    def draw(self, step: int, generator: torch.Generator) -> Tensor:
+        return self.images
+
+    def close(self) -> None:
+        return None
+
+
+def test_a_training_step_sees_the_losses_and_the_use_of_the_original(gold: dict[str, Tensor]) -> None:
+    settings = TokenizerTrainSettings(
+        steps=1, l1_weight=0.0, entropy_weight=0.1, restart_every_steps=None, warmup_steps=0
+    )
+    trainer = TokenizerTrainer(arra.load_tokenizer("llamagen", weights=WEIGHTS).model.train(), settings)
+    terms = trainer.train_step(TheImages(gold["image"])).terms
+    assert terms["l2"] == pytest.approx((gold["recon_forward"] - gold["image"]).square().mean().item(), rel=1e-5)
+    for name, theirs in (("codebook", "vq_loss"), ("commitment", "commit_loss"), ("entropy", "entropy_loss")):
+        assert terms[name] == pytest.approx(gold[theirs].item(), rel=1e-4), name
+    # its window begins with 65,536 zeros, which count as code 0; here nothing counts that was not chosen
+    assert 0 not in gold["indices"]
+    assert trainer.code_use() == pytest.approx(gold["codebook_usage"].item() - 1 / 128)
 
 
 def test_gradients_pass_straight_through(tokenizer: ImageTokenizer, gold: dict[str, Tensor]) -> None:

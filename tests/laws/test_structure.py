@@ -4,12 +4,14 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
 import arra
+from arra.doctor import EXTRAS
 from arra.models import Decoder, DecoderSettings, save_model
 from arra.tokenizers import ImageTokenizer
 from arra.tokenizers.text import train_text_tokenizer
@@ -138,6 +140,16 @@ print([name for name in {HEAVY} if name in sys.modules])
     assert any("demo" in line for line in lines)
 
 
+def test_a_plain_installation_starts() -> None:
+    """What only extras bring is imported where it is used, so that no module asks for it when it is imported."""
+    declared = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(EXTRAS) == set(declared["optional-dependencies"]) - {"all", "dev"}
+    optional = {name for names in EXTRAS.values() for name in names} | {"peft", "pytest", "scipy", "skimage"}
+    for path in ROOT.rglob("*.py"):
+        at_once = {name.split(".")[0] for name in imports_of(path, at_once=True)}
+        assert not at_once & optional, path
+
+
 def test_the_public_names_are_there() -> None:
     assert set(arra.__all__) == set(arra._HOMES)
     for name in arra.__all__:
@@ -147,14 +159,22 @@ def test_the_public_names_are_there() -> None:
         _ = arra.alignment_of_planets
 
 
-def imports_of(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports_of(path: Path, *, at_once: bool = False) -> set[str]:
+    """Names of the modules that a file imports; `at_once` leaves out what waits in functions or is for types alone."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found.add(node.module or "")
+        later = isinstance(node, ast.FunctionDef) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        )
+        if not (at_once and later):
+            waiting.extend(ast.iter_child_nodes(node))
     return found
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,10 @@ from arra.models import load_model, save_model
 from arra.models.decoder import Decoder, DecoderSettings
 from arra.models.llamagen import infer_settings, read_checkpoint
 from arra.tokenizers.text import train_text_tokenizer
+from tests.models.toys import toy_decoder
 
-FIELDS: dict[str, Any] = {"num_layers": 2, "num_heads": 4, "hidden_size": 32, "num_codes": 16, "grid": (2, 3)}
+make = partial(toy_decoder, grid=(2, 3))
 SHAPE: dict[str, Any] = {"num_heads": 4, "grid": (2, 3)}
-
-
-def make(**changes: Any) -> Decoder:
-    torch.manual_seed(0)
-    model = Decoder(DecoderSettings(**{**FIELDS, **changes})).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    return model
 
 
 def same(one: Decoder, other: Decoder) -> None:

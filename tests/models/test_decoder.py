@@ -280,3 +280,10 @@ def test_wrong_conditions_are_told() -> None:
         tiny("caption").condition(captions=(torch.zeros(1, 5, 12), None))
     with pytest.raises(ArraError, match="do not fit"):
         tiny("text").condition(prompts=["abcdefg"])
+
+
+def test_codes_of_another_tokenizer_are_refused() -> None:
+    model = load_model("llamagen", num_layers=1, num_heads=2, hidden_size=16, num_codes=20, grid=(2, 2), num_classes=3)
+    for wrong in (20, -1):
+        with pytest.raises(ArraError, match=r"outside 0\.\.19"):
+            model.logits(torch.tensor([[0, 1, 2, wrong]]), labels=[0])

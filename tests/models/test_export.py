@@ -18,19 +18,11 @@ from arra.tokenizers.image import ImageTokenizer, load_tokenizer
 from arra.tokenizers.vq import VQModel, VQSettings
 from arra.tokenizers.weights import original_vq_state, vq_launch_hint
 from tests.models.original import GPT_TABLE, VQ_TABLE, gpt_shapes, vq_shapes
+from tests.models.toys import toy_decoder
 
-TINY: dict[str, Any] = {"num_layers": 2, "num_heads": 4, "hidden_size": 32, "num_codes": 16, "grid": (2, 2)}
 CAPTION: dict[str, Any] = {"condition": "caption", "caption_dim": 6}
 # the smallest network that LlamaGen's configuration can say: its base width is fixed
 SMALL_VQ = VQSettings(ch_mult=(1, 2), z_channels=32, num_codes=64, code_dim=4)
-
-
-def decoder(**changes: Any) -> Decoder:
-    torch.manual_seed(0)
-    model = Decoder(DecoderSettings(**{**TINY, **changes})).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    return model
 
 
 def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -70,7 +62,7 @@ def test_every_published_tokenizer(ch_mult: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("changes", [{}, CAPTION, {"num_classes": 3}], ids=["c2i", "t2i", "three classes"])
 def test_there_and_back(changes: dict[str, Any], layout: str, tmp_path: Path) -> None:
     """Export, import, export: the same bits, in files of the same bytes."""
-    model = decoder(**changes)
+    model = toy_decoder(**changes)
     save_model(model, tmp_path / "model")
     done = export_weights(tmp_path / "model", tmp_path / "first.pt", layout=layout)
     content = torch.load(done.path, weights_only=True)  # plain tensors: nothing to allow
@@ -104,7 +96,7 @@ def test_a_tokenizer_there_and_back(tmp_path: Path) -> None:
 
 
 def test_half_precision_is_kept_unless_told(tmp_path: Path) -> None:
-    model = decoder(**CAPTION)
+    model = toy_decoder(**CAPTION)
     save_model(model, tmp_path / "model")
     half = export_weights(tmp_path / "model", tmp_path / "half.pt", dtype="bfloat16").path
     kept = import_weights(half, tmp_path / "kept", num_heads=4, grid="2x2").path
@@ -129,7 +121,7 @@ def test_half_precision_is_kept_unless_told(tmp_path: Path) -> None:
     ],
 )
 def test_what_llamagen_has_no_word_for(changes: dict[str, Any], words: list[str], tmp_path: Path) -> None:
-    save_model(decoder(**changes), tmp_path / "model")
+    save_model(toy_decoder(**changes), tmp_path / "model")
     with pytest.raises(ArraError) as caught:
         export_weights(tmp_path / "model", tmp_path / "out.pt")
     for word in (*words, str(tmp_path / "model"), "LlamaGen"):
@@ -157,7 +149,7 @@ def test_hints_for_odd_models(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, run_arra: Callable[..., Any]) -> None:
-    save_model(decoder(), tmp_path / "model")
+    save_model(toy_decoder(), tmp_path / "model")
     answer = run_arra("export", tmp_path / "model", tmp_path / "out.pt", "--to", "llamagen")
     assert answer.code == 0
     assert answer.out.splitlines()[-1] == str(tmp_path / "out.pt")

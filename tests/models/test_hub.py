@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,21 +18,14 @@ from torch import nn
 
 from arra.errors import ArraError
 from arra.models import load_model
-from arra.models.decoder import Decoder, DecoderSettings
+from arra.models.decoder import Decoder
 from arra.tokenizers.image import ImageTokenizer
 from arra.tokenizers.text import train_text_tokenizer
 from arra.tokenizers.vq import VQModel, VQSettings
+from tests.models.toys import toy_decoder
 
-TINY: dict[str, Any] = {"num_layers": 2, "num_heads": 4, "hidden_size": 32, "num_codes": 16, "grid": (2, 3)}
+decoder = partial(toy_decoder, grid=(2, 3))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def decoder(**changes: Any) -> Decoder:
-    torch.manual_seed(0)
-    model = Decoder(DecoderSettings(**{**TINY, **changes})).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)
-    return model
 
 
 def tokenizer() -> ImageTokenizer:
@@ -156,6 +150,9 @@ def test_llamagens_own_tokenizer_repository(tmp_path: Path) -> None:
     loaded = ImageTokenizer.from_pretrained(tmp_path)
     same(loaded.model, mine.model)
     assert loaded.about["origin"]["dropped"] == "quantize.codebook_used"
+    (tmp_path / "config.json").write_text(json.dumps({"codebook_l2_norm": False}))
+    with pytest.raises(ArraError, match="codebook_l2_norm is false"):
+        ImageTokenizer.from_pretrained(tmp_path)
 
 
 def test_one_checkpoint_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,19 +26,11 @@ from arra.models.weights import Weights, read_weights
 from arra.stages.weights import import_weights
 from arra.tokenizers.image import load_tokenizer
 from arra.tokenizers.vq import VQModel, VQSettings
+from tests.models.toys import toy_decoder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llamagen"
-TINY: dict[str, Any] = {"num_layers": 2, "num_heads": 4, "hidden_size": 32, "num_codes": 16, "grid": (2, 2)}
 TOLD: dict[str, Any] = {"num_heads": 4, "grid": "2x2"}
 Write = Callable[[dict[str, Tensor], Path], Path]
-
-
-def decoder(**changes: Any) -> Decoder:
-    torch.manual_seed(0)
-    model = Decoder(DecoderSettings(**{**TINY, **changes})).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    return model
 
 
 def network(kind: str) -> torch.nn.Module:
@@ -47,7 +39,7 @@ def network(kind: str) -> torch.nn.Module:
         return VQModel(
             VQSettings(channels=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, num_codes=32, code_dim=4)
         )
-    return decoder(**({} if kind == "c2i" else {"condition": "caption", "caption_dim": 6}))
+    return toy_decoder(**({} if kind == "c2i" else {"condition": "caption", "caption_dim": 6}))
 
 
 def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -151,7 +143,7 @@ def test_the_averaged_weights(kind: str, tmp_path: Path) -> None:
 
 
 def test_what_generate_leaves_behind_is_told(tmp_path: Path) -> None:
-    state = dict(decoder().state_dict())
+    state = dict(toy_decoder().state_dict())
     for layer in range(2):
         for cache in ("k_cache", "v_cache"):
             state[f"layers.{layer}.attention.kv_cache.{cache}"] = torch.zeros(2, 4, 8, 8)
@@ -161,7 +153,7 @@ def test_what_generate_leaves_behind_is_told(tmp_path: Path) -> None:
 
 def test_who_tells_the_grid_and_the_heads(tmp_path: Path) -> None:
     """Nothing is guessed: a wrong grid would load and paint noise."""
-    state = dict(decoder().state_dict())
+    state = dict(toy_decoder().state_dict())
     with pytest.raises(ArraError, match="nothing in it tells the grid of codes, and a wrong one paints noise"):
         import_weights(pt(state, tmp_path), tmp_path / "out", num_heads=4)
     with pytest.raises(ArraError, match=r"the number of heads .* on the command line --num-heads"):
@@ -185,12 +177,25 @@ def test_who_tells_the_grid_and_the_heads(tmp_path: Path) -> None:
     model = load_model(mixin_folder(state, folder))
     assert (model.settings.num_heads, model.settings.grid, model.settings.token_dropout) == (4, (2, 2), 0.2)
     assert model.about["origin"]["told"]["grid"] == "config.json"
-    assert load_model(folder, grid=(1, 4)).settings.grid == (1, 4)
+    other = load_model(folder, grid=(1, 4))
+    assert other.settings.grid == (1, 4)
+    assert other.about["origin"]["told"]["grid"] == "given, against (2, 2) by config.json"
+    assert load_model(folder, grid=[2, 2]).about["origin"]["told"]["grid"] == "given"
+    assert told(config={"attn_dropout_p": 0.1, "drop_path_rate": 0.3}) == {"attn_dropout": 0.1, "drop_path": 0.3}
+    with pytest.raises(ArraError, match="the class table has no null class"):
+        told(config={"class_dropout_prob": 0.0})
+    assert told(config={"class_dropout_prob": 0.0}, state={"cls_embedding.uncond_embedding": torch.zeros(2, 2)}) == {}
+
+
+def test_what_is_no_archive_is_said_in_words(tmp_path: Path) -> None:
+    (tmp_path / "w.pt").write_text("hello\n")
+    with pytest.raises(ArraError, match=r"not a readable checkpoint \(no archive of torch\.save\)"):
+        read_weights(tmp_path / "w.pt")
 
 
 def test_the_size_given_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ArraError, match=r"missing layers\.\{2\.\.11\}\.attention\.\{wqkv,wo\}\.weight"):
-        import_weights(pt(dict(decoder().state_dict()), tmp_path), tmp_path / "out", size="b", grid="2x2")
+        import_weights(pt(dict(toy_decoder().state_dict()), tmp_path), tmp_path / "out", size="b", grid="2x2")
     with torch.device("meta"):
         shapes = Decoder(DecoderSettings(**SIZES["b"] | {"num_layers": 12}, num_codes=4, num_classes=1)).state_dict()
     state = {key: torch.zeros(value.shape) for key, value in shapes.items()}
@@ -199,7 +204,7 @@ def test_the_size_given_is_checked(tmp_path: Path) -> None:
 
 
 def test_every_misfit_is_named_and_only_patterns_excuse_it(tmp_path: Path) -> None:
-    state = dict(decoder().state_dict())
+    state = dict(toy_decoder().state_dict())
     extra = {f"align.{number}.weight": torch.zeros(2) for number in range(3)} | {"head.bias": torch.zeros(2)}
     source = pt(state | extra, tmp_path, "extra.pt")
     with pytest.raises(ArraError, match=r"unexpected align\.\{0\.\.2\}\.weight, head\.bias"):
@@ -223,7 +228,7 @@ def test_every_misfit_is_named_and_only_patterns_excuse_it(tmp_path: Path) -> No
 
 def test_other_classes_from_a_published_model(tmp_path: Path) -> None:
     """Ignoring the class table and initialising it anew is how a model starts on other classes."""
-    model = decoder(num_classes=5)
+    model = toy_decoder(num_classes=5)
     source, table = pt(dict(model.state_dict()), tmp_path), "cls_embedding.embedding_table.weight"
     arguments: dict[str, Any] = {"num_heads": 4, "grid": (2, 2), "ignore": [table], "init_missing": [table]}
     first, second = (load_model("llamagen", weights=source, num_classes=2, **arguments) for _ in range(2))
@@ -236,7 +241,7 @@ def test_other_classes_from_a_published_model(tmp_path: Path) -> None:
 
 def test_a_loaded_model_does_not_hang_on_its_file(tmp_path: Path) -> None:
     """Files are mapped while they are read; what is loaded lives on when the file is overwritten in place."""
-    model = decoder()
+    model = toy_decoder()
     save_file(dict(model.state_dict()), tmp_path / "w.safetensors")
     for source in (pt(dict(model.state_dict()), tmp_path), tmp_path / "w.safetensors"):
         loaded = load_model("llamagen", weights=source, num_heads=4, grid=(2, 2))
@@ -254,7 +259,7 @@ class Hostile:
 
 def test_hostile_files_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_arra: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    state = dict(decoder().state_dict())
+    state = dict(toy_decoder().state_dict())
     torch.save({"model": state, "args": Hostile()}, "zip.pt")
     torch.save({"model": state, "args": Hostile()}, "old.pt", _use_new_zipfile_serialization=False)
     Path("plain.pt").write_bytes(pickle.dumps(Hostile()))
@@ -271,19 +276,19 @@ def test_hostile_files_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_shapes_without_data_are_refused(tmp_path: Path) -> None:
     """A few bytes may claim terabytes: by strides of zero, by packing, or by a card that claims a billion layers."""
-    huge = dict(decoder().state_dict()) | {"tok_embeddings.weight": torch.zeros(1).expand(10**9, 32)}
+    huge = dict(toy_decoder().state_dict()) | {"tok_embeddings.weight": torch.zeros(1).expand(10**9, 32)}
     with pytest.raises(ArraError, match=r"tensors without their data: tok_embeddings\.weight"):
         read_weights(pt({"model": huge}, tmp_path))
     hollow = {"model": {"norm.weight": torch.zeros(10**9, device="meta")}}
     with pytest.raises(ArraError, match=r"tensors without their data: norm\.weight"):
         read_weights(pt(hollow, tmp_path))
-    pt({"model": dict(decoder().state_dict())}, tmp_path, "plain.pt")
+    pt({"model": dict(toy_decoder().state_dict())}, tmp_path, "plain.pt")
     with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w", 8) as packed:
         for part in plain.infolist():
             packed.writestr(part.filename, plain.read(part))
     with pytest.raises(ArraError, match="parts of it are compressed, which torch"):
         read_weights(tmp_path / "bomb.pt")
-    folder = save_model(decoder(), tmp_path / "model")
+    folder = save_model(toy_decoder(), tmp_path / "model")
     card = json.loads((folder / "model.json").read_text())
     card["settings"]["num_layers"] = 10**9
     (folder / "model.json").write_text(json.dumps(card))
@@ -311,7 +316,7 @@ def test_damage_is_one_line_whatever_it_hits(tmp_path: Path) -> None:
 
 def test_shards_stay_in_their_folder(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    state = dict(decoder().state_dict())
+    state = dict(toy_decoder().state_dict())
     save_file(state, tmp_path / "outside.safetensors")
     index = tmp_path / "model" / "model.safetensors.index.json"
     for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "..", ""):
@@ -329,7 +334,7 @@ def test_shards_stay_in_their_folder(tmp_path: Path) -> None:
 
 def test_mistakes_are_one_line_and_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_arra: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    whole = pt({"model": dict(decoder().state_dict())}, tmp_path, "whole.pt").read_bytes()
+    whole = pt({"model": dict(toy_decoder().state_dict())}, tmp_path, "whole.pt").read_bytes()
     Path("cut.pt").write_bytes(whole[: len(whole) // 2])
     Path("text.pt").write_text("hello\n" * 100)
     Path("empty.pt").write_bytes(b"")
@@ -337,7 +342,7 @@ def test_mistakes_are_one_line_and_code_2(tmp_path: Path, monkeypatch: pytest.Mo
     Path("page.pt").write_text("<!DOCTYPE html><html></html>")
     Path("cut.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
     pt({"optimizer": {}, "steps": 1}, tmp_path, "other.pt")
-    pt({"ema": dict(decoder().state_dict())}, tmp_path, "average.pt")
+    pt({"ema": dict(toy_decoder().state_dict())}, tmp_path, "average.pt")
     pt({"model": {"shared.weight": torch.zeros(2), "encoder.block.0.x": torch.zeros(2)}}, tmp_path, "t5.pt")
     pt([torch.zeros(2)], tmp_path, "list.pt")
     pt({"model": {"a": torch.zeros(1), "_orig_mod.a": torch.zeros(1)}}, tmp_path, "twice.pt")
@@ -348,7 +353,7 @@ def test_mistakes_are_one_line_and_code_2(tmp_path: Path, monkeypatch: pytest.Mo
     shutil.copy("whole.pt", "many/a.pt")
     shutil.copy("whole.pt", "many/b.pt")
     shutil.copy(GOLDEN / "vq_f16_nrb2.pt", "vq.pt")
-    save_model(decoder(), "ours")
+    save_model(toy_decoder(), "ours")
     mistakes = {
         ("none.pt",): "none.pt: no such checkpoint file",
         ("cut.pt",): "cut.pt: not a readable checkpoint",
@@ -390,7 +395,7 @@ def assert_line(error: str, pattern: str) -> None:
 
 
 def test_one_kind_is_not_taken_for_the_other(tmp_path: Path) -> None:
-    source = pt({"model": dict(decoder().state_dict())}, tmp_path)
+    source = pt({"model": dict(toy_decoder().state_dict())}, tmp_path)
     with pytest.raises(ArraError, match="no VQ tokenizer inside"):
         load_tokenizer("llamagen", weights=source)
     with pytest.raises(ArraError, match="not a LlamaGen decoder"):
@@ -400,13 +405,13 @@ def test_one_kind_is_not_taken_for_the_other(tmp_path: Path) -> None:
 def test_published_captions_name_their_encoder(tmp_path: Path) -> None:
     """LlamaGen's own scripts feed FLAN-T5-XL's 2048 features of cleaned captions."""
     for width, expected in ((2048, {"name": "flan-t5-xl", "clean": True}), (6, None)):
-        source = pt(dict(decoder(condition="caption", caption_dim=width).state_dict()), tmp_path)
+        source = pt(dict(toy_decoder(condition="caption", caption_dim=width).state_dict()), tmp_path)
         out = import_weights(source, tmp_path / str(width), **TOLD).path
         assert load_model(out).about.get("text_encoder") == expected
 
 
 def test_about_is_kept(tmp_path: Path) -> None:
-    model = decoder()
+    model = toy_decoder()
     model.about["text_encoder"] = {"name": "flan-t5-xl"}
     folder = save_model(model, tmp_path / "model")
     assert load_model(folder).about == {"text_encoder": {"name": "flan-t5-xl"}}

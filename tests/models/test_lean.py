@@ -240,5 +240,55 @@ def test_painting_with_packed_weights_is_painting(num_kv_heads: int, monkeypatch
     assert not any("packed" in key for module in model.modules() for key in module.__dict__)
     monkeypatch.setattr("arra.models.products._free_bytes", lambda: 0.0)
     assert torch.equal(generate(model, labels=[0, 3], seeds=[1, 2], cfg_scale=2.0).codes, packed)
-    monkeypatch.setattr("arra.models.decoder._steps_fast", lambda x: False)
+    monkeypatch.setattr("arra.models.decoder._steps_fast", lambda model, x: False)
     assert torch.equal(generate(model, labels=[0, 3], seeds=[1, 2], cfg_scale=2.0).codes, packed)
+
+
+class Adapted(nn.Module):
+    """A layer as adapters wrap it: a base layer, whose weight it shows, and something added."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.added = base, nn.Linear(base.in_features, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.base(x) + self.added(x)
+        return found
+
+
+@pytest.mark.parametrize("name", ["w1", "w2", "w3"])
+def test_painting_hears_an_adapter(name: str) -> None:
+    model, plain = tiny().eval(), tiny().eval()
+    for block in model.layers:
+        feed_forward = block.feed_forward
+        assert isinstance(feed_forward, nn.Module)
+        setattr(feed_forward, name, Adapted(getattr(feed_forward, name)))
+    seen: dict[int, Tensor] = {}
+
+    def watch(first: int, index: int, logits: Tensor) -> None:
+        seen[index] = logits
+
+    codes = generate(model, labels=[1], seeds=[0], temperature=0, watch=watch).codes
+    expected = model.logits(codes, labels=[1])
+    torch.testing.assert_close(torch.stack([seen[index] for index in range(16)], 1), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected, plain.logits(codes, labels=[1]), atol=1e-2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_hooks_on_any_part_are_heard(training: bool) -> None:
+    model = tiny().train(training)
+    block = model.layers[1]
+    parts = [block, block.attention, block.feed_forward, block.attention_norm, block.ffn_norm]
+    heard: list[object] = []
+    for part in parts:
+        assert isinstance(part, nn.Module)
+        part.register_forward_hook(lambda module, inputs, output: heard.append(module))
+    if training:
+        model.logits(torch.randint(96, (1, 16)), labels=[1]).sum().backward()
+    else:
+        generate(model, labels=[1], seeds=[0])
+    assert [heard.count(part) for part in parts] == [1 if training else 16] * len(parts)

@@ -21,7 +21,7 @@ from arra.data.images import center_crop
 from arra.data.openmoji import draw
 from arra.errors import ArraError
 from arra.tokenizers import EMBEDDED, ImageTokenizer
-from arra.tokenizers.image import CARD_FILE, WEIGHTS_FILE, to_float, to_uint8
+from arra.tokenizers.image import CARD_FILE, WEIGHTS_FILE, refuse_no_images, to_float, to_uint8
 from arra.tokenizers.vq import VQModel, VQSettings
 
 TINY = VQSettings(channels=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=8, num_codes=64, code_dim=4)
@@ -89,6 +89,16 @@ def test_sizes_that_do_not_fit(tokenizer: ImageTokenizer, height: int, width: in
     for images in (torch.zeros(1, height, width, 3, dtype=torch.uint8), torch.zeros(1, 3, height, width)):
         with pytest.raises(ArraError, match=message):
             tokenizer.encode(images)
+
+
+def test_what_is_no_batch_of_images() -> None:
+    bytes_, floats = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.zeros(1, 3, 8, 8)
+    refuse_no_images(bytes_, "tiny")
+    refuse_no_images(floats, "tiny")
+    wrong = (bytes_[0], bytes_.permute(0, 3, 1, 2), floats.permute(0, 2, 3, 1), floats[:, :1], bytes_.numpy(), None)
+    for images in wrong:
+        with pytest.raises(ArraError, match=r"images: got .*; expected a tensor, uint8 \(B, H, W, 3\) or float"):
+            refuse_no_images(images, "tiny")
 
 
 @pytest.mark.parametrize("wrong", [-1, 64])

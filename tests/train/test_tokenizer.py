@@ -141,6 +141,20 @@ def test_the_use_of_the_codebook_forgets_what_is_long_ago(monkeypatch: pytest.Mo
         assert trainer.code_use() == pytest.approx(len(set().union(*seen[-3:])) / 32)
 
 
+@pytest.mark.parametrize("warmup", [True, False])
+def test_averaged_weights_follow_their_formula(warmup: bool) -> None:
+    settings = VQ_TRAIN.model_copy(update={"ema_decay": 0.5, "ema_warmup": warmup, "restart_every_steps": None})
+    trainer = TokenizerTrainer(tiny_model(), settings)
+    expected = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    for step in range(1, 4):
+        trainer.train_step(held(settings))
+        decay = min(0.5, (1 + step) / (10 + step)) if warmup else 0.5
+        for name, value in trainer.model.state_dict().items():
+            expected[name] = expected[name] * decay + value * (1 - decay)
+    for name, value in trainer.averaged_model().state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+
+
 def test_before_its_start_the_discriminator_is_neither_run_nor_trained() -> None:
     trainer, plain = TokenizerTrainer(tiny_model(), GAN_TRAIN), TokenizerTrainer(tiny_model(), VQ_TRAIN)
     discriminator = trainer.discriminator
@@ -175,6 +189,22 @@ def test_the_two_sides_do_not_train_each_other() -> None:
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer._train_discriminator(images, output.detach(), 1.0)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_the_weight_of_the_adversary_counts_on_both_sides() -> None:
+    """LlamaGen multiplies the discriminator's loss too, before its gradient is clipped."""
+    found = []
+    for weight in (1.0, 0.25):
+        adversarial = AdversarialSettings(start_step=0, num_layers=1, channels=8, weight=weight, clip_norm=1e9)
+        trainer = TokenizerTrainer(tiny_model(), VQ_TRAIN.model_copy(update={"adversarial": adversarial}))
+        terms = trainer.train_step(held(VQ_TRAIN)).terms
+        assert trainer.discriminator is not None
+        gradients = [p.grad.flatten() for p in trainer.discriminator.parameters() if p.grad is not None]
+        found.append((terms["adversarial"], terms["discriminator"], torch.cat(gradients)))
+    (whole, loss, gradient), (quarter, same, small) = found
+    assert quarter == pytest.approx(whole / 4, rel=1e-4)
+    assert same == loss
+    torch.testing.assert_close(small, gradient / 4, rtol=1e-4, atol=1e-8)
 
 
 def test_every_term_has_its_weight() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image, ImageDraw
 
@@ -16,7 +17,9 @@ from arra.evaluate.card import Evaluation
 from arra.models import load_model, save_model
 from arra.runs import Run
 from arra.stages.paint import load_run
+from arra.train.checkpoints import newest_checkpoint
 from tests.encoders.toy_t5 import make_toy_t5
+from tests.models.original import gpt_shapes
 
 CLASSES = {"blue_bar": "blue", "green_bar": "green", "red_bar": "red"}
 PER_CLASS = 20
@@ -35,6 +38,7 @@ TOY = (
     "model.hidden_size=32",
     "data.image_size=16",
     "data.encoder_image_size=48",
+    "evaluate.cfg_scales=[2.0]",
     "evaluate.num_resamples=4",
     "evaluate.frechet_components=2",
     "evaluate.grid_prompts=2",
@@ -106,7 +110,21 @@ def test_classes_from_a_folder_to_the_report(classes: Workshop) -> None:
     model = load_model(aligned)
     assert (model.settings.condition, model.settings.num_classes, model.settings.multiple_of) == ("class", 3, 32)
     assert model.about["class_names"] == ["blue bar", "green bar", "red bar"]
-    assert set(model.state_dict()) == set(load_model(plain).state_dict())
+
+    # the original reads both runs: its keys, and the bits of the run's own file
+    for run in (plain, aligned):
+        file = run.with_suffix(".pt")
+        assert "for LlamaGen:" in classes.done("export", run, file, "--to", "llamagen")
+        content = torch.load(file, weights_only=True)
+        assert list(content) == ["model"]
+        own = safetensors.torch.load_file(run / "model.safetensors")
+        width = model.settings.ffn_width
+        assert {key: tuple(value.shape) for key, value in content["model"].items()} == gpt_shapes(
+            2, 32, width, codes=2048, classes=3
+        )
+        assert own.keys() == content["model"].keys()
+        assert all(torch.equal(own[key], value) for key, value in content["model"].items())
+    assert any(name.startswith("align.") for name in newest_checkpoint(aligned / "checkpoints").tensors)  # type: ignore[union-attr]
 
     out = classes.root / "painted"
     asked = ("--label", "red bar", "--label", "0-1", "--seeds", "0-1", "--cfg-interval", 2, "--min-p", 0.01)
@@ -181,17 +199,24 @@ def test_a_model_of_classes_goes_on_from_given_weights(classes: Workshop) -> Non
     assert "model.num_classes: 2, but" in wrong.error
 
 
+def code_folder(root: Path, name: str, *, count: int, crops: int, num_codes: int, num_classes: int) -> Path:
+    """Random codes of 4 x 4 as LlamaGen's script leaves them, their labels in the folder beside."""
+    rng = np.random.default_rng(0)
+    codes, labels = root / f"{name}_codes", root / f"{name}_labels"
+    codes.mkdir()
+    labels.mkdir()
+    for number in range(count):
+        np.save(codes / f"{number}.npy", rng.integers(0, num_codes, (1, crops, 16)))
+        np.save(labels / f"{number}.npy", np.array([number % num_classes]))
+    return codes
+
+
 def test_codes_that_others_extracted_train_without_a_tokenizer(tmp_path: Path, run_arra: Callable[..., Any]) -> None:
     """LlamaGen's own code folders, twenty crops of each picture; the published tokenizer's weights are not here."""
-    generator = np.random.default_rng(0)
-    folders = [tmp_path / f"imagenet64_{name}" for name in ("codes", "labels")]
-    for folder in folders:
-        folder.mkdir()
-    for number in range(40):
-        np.save(folders[0] / f"{number}.npy", generator.integers(0, 16384, (1, 10, 16)))
-        np.save(folders[1] / f"{number}.npy", np.array([number % 4]))
-    source = f"{{kind: llamagen-codes, path: {folders[0]}, num_classes: 4}}"
-    settings = [f"data.sources=[{source}]", "data.path=null", "data.source=openmoji", *TOY[:-7]]
+    codes = code_folder(tmp_path, "imagenet64", count=40, crops=10, num_codes=16384, num_classes=4)
+    source = f"{{kind: llamagen-codes, path: {codes}, num_classes: 4}}"
+    settings = [f"data.sources=[{source}]", "data.path=null", "data.source=openmoji"]
+    settings += [text for text in TOY if not text.startswith(("data.", "evaluate."))]
     settings += ["model.size=null", "data.image_size=64", "data.crop.range=1.1", "tokenizer.weights=null"]
     chosen = [each for text in settings for each in ("--set", text)]
     store, run = tmp_path / "store", tmp_path / "run"
@@ -224,14 +249,8 @@ def test_codes_without_pictures_are_evaluated_as_far_as_they_can_be(
     tmp_path: Path, run_arra: Callable[..., Any]
 ) -> None:
     """Here the tokenizer is one that we have."""
-    generator = np.random.default_rng(0)
-    folders = [tmp_path / f"toy_{name}" for name in ("codes", "labels")]
-    for folder in folders:
-        folder.mkdir()
-    for number in range(80):
-        np.save(folders[0] / f"{number}.npy", generator.integers(0, 2048, (1, 1, 16)))
-        np.save(folders[1] / f"{number}.npy", np.array([number % 2]))
-    source = f"{{kind: llamagen-codes, path: {folders[0]}, num_classes: 2, tokenizer: openmoji-vq4, num_codes: 2048}}"
+    codes = code_folder(tmp_path, "toy", count=80, crops=1, num_codes=2048, num_classes=2)
+    source = f"{{kind: llamagen-codes, path: {codes}, num_classes: 2, tokenizer: openmoji-vq4, num_codes: 2048}}"
     settings = [f"data.sources=[{source}]", "data.path=null", "data.source=openmoji", *TOY]
     chosen = [each for text in settings for each in ("--set", text)]
     store, run = tmp_path / "store", tmp_path / "run"
@@ -273,7 +292,8 @@ def test_captions_from_pictures_to_the_report(tmp_path: Path, run_arra: Callable
     shop = Workshop(tmp_path, run_arra, (*own, *TOY), "llamagen_t2i")
     store = tmp_path / "store"
     shop.done("prepare", "llamagen_t2i", "--row", "arra-base-xl", "--store", store, "--workers", 0, with_settings=True)
-    aligned, plain = shop.train("arra-base-xl", "--set", "align.components=4"), shop.train("xl")
+    shop.train("xl")
+    aligned = shop.train("arra-base-xl", "--set", "align.components=4")
     model = load_model(aligned)
     assert (model.settings.condition, model.settings.prefix_length, model.settings.caption_dim) == ("caption", 120, 512)
     assert model.about["text_encoder"].keys() == {"name", "sha256", "clean"}
@@ -295,7 +315,7 @@ def test_captions_from_pictures_to_the_report(tmp_path: Path, run_arra: Callable
     shop.done(*asked, "--text-encoder", tmp_path / "moved", "--out", tmp_path / "again")
     assert (tmp_path / "again" / "000000.png").is_file()
 
-    shop.done("evaluate", plain, aligned)
+    shop.done("evaluate", aligned)
     expected = {"nll", "caption_gain", "retrieval_at_1", "caption_retrieval_at_1", "frechet", "kid_x1000", "psnr_db"}
     assert expected <= set(metrics(aligned))
-    shop.done("report", plain, aligned, "--out", tmp_path / "report")
+    shop.done("report", aligned, "--out", tmp_path / "report")
