@@ -210,8 +210,8 @@ class Decoder(nn.Module, DecoderFromHub):
             )
         if flat.numel() and (flat.min() < 0 or flat.max() >= self.settings.num_codes):
             raise ArraError(
-                f"codes: {flat.min()}..{flat.max()} are outside 0..{self.settings.num_codes - 1}; they come from another "
-                "tokenizer"
+                f"codes: {flat.min()}..{flat.max()} are outside 0..{self.settings.num_codes - 1}; they come from "
+                "another tokenizer"
             )
         tokens = torch.cat([condition.tokens, flat[:, :-1]], dim=1)
         hidden = self(tokens, **condition.inputs()).last_hidden

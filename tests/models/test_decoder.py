@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from arra.errors import ArraError
+from arra.models import load_model
 from arra.models.blocks import _rotated_pairs, apply_rotary, rotary_table
 from arra.models.decoder import Condition, Decoder, DecoderSettings
 from arra.models.llamagen import SIZES
