@@ -45,6 +45,11 @@ class TrainBatch:
         """S = T - 1 positions of the fed sequence whose state predicts a code: one to the left of each code."""
         return self.code_mask[:, 1:]
 
+    @property
+    def holding(self) -> Bool[Tensor, "B S"]:
+        """S = T - 1 positions of the fed sequence that hold a code: one fewer than predict one."""
+        return self.code_mask[:, :-1]
+
 
 def text_batch(
     prompts: Sequence[Sequence[int]],

@@ -48,7 +48,8 @@ def compute_losses(model: Decoder, batch: TrainBatch, alignment: Alignment | Non
     if alignment is None or batch.features is None:
         return Losses(total, ntp, z, None)
     with torch.set_grad_enabled(torch.is_grad_enabled() and alignment.weight > 0):
-        gva = alignment(output.captured[alignment.layer], batch.features, batch.predicting)
+        positions = batch.predicting if alignment.target == "hybnext" else batch.holding
+        gva = alignment(output.captured[alignment.layer], batch.features, positions)
     return Losses(total + alignment.weight * gva if alignment.weight else total, ntp, z, gva)
 
 

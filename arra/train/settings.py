@@ -13,8 +13,8 @@ class AlignSettings(Settings):
 
     layer: int = Field(1, ge=0)
     """0 = embeddings, k = residual stream after the k-th block; the paper uses 1."""
-    target: Literal["hybnext"] = "hybnext"
-    """hybnext: every position whose state predicts an image code."""
+    target: Literal["hybnext", "at"] = "hybnext"
+    """hybnext: every position whose state predicts an image code, the paper's; at: every position that holds one."""
     loss: Literal["cosine"] = "cosine"
     weight: float = Field(1.0, ge=0)
     """Lambda, the factor beside the next-token loss; 0 measures the term without training on it."""

@@ -370,3 +370,17 @@ def test_z_loss_of_the_released_code(case: str, released: dict[str, Tensor]) -> 
     batch = TrainBatch(tokens, torch.where(predicted, 0, labels), predicted, predicted[:, :1])
     _, z_each = next_token_losses(Bare(tiny().settings), logits, batch)
     assert z_each.mean().item() == pytest.approx(released[f"{case}/z_loss"].item(), abs=1e-4)
+
+
+def test_the_target_chooses_the_states() -> None:
+    model, batch = tiny().eval(), batch_of(PROMPTS)
+    assert batch.features is not None
+    assert batch.holding.sum(1).tolist() == [math.prod(GRID) - 1] * len(PROMPTS)  # the last code is not fed
+    found = {}
+    for target, positions in (("hybnext", batch.predicting), ("at", batch.holding)):
+        alignment = Alignment(hidden_size=WIDTH, feature_size=batch.features.shape[1], layer=1, target=target)  # type: ignore[arg-type]
+        hidden = model(batch.tokens[:, :-1], prefix_mask=batch.prefix_mask, capture=(1,)).captured[1]
+        wanted = plain_loss(alignment.projector(hidden), alignment.space(batch.features), positions)
+        found[target] = loss_of(model, alignment, batch).item()
+        assert found[target] == pytest.approx(wanted, abs=1e-5)
+    assert found["at"] != found["hybnext"]
