@@ -149,7 +149,7 @@ class Attention(nn.Module):
         self,
         normed: Float[Tensor, "R D"],
         batch: int,
-        turns: Tensor,
+        table: Tensor,
         mask: Tensor | None,
         cache: KVCache,
         layer: int,
@@ -158,7 +158,7 @@ class Attention(nn.Module):
         """What attention adds at one position of `batch` sequences; rows after theirs are filling."""
         width, turning = self.head_dim, self.num_heads + self.kv_heads
         heads = inferred(normed, self.wqkv)[:batch].view(batch, 1, -1, width)
-        torch.view_as_complex(heads[:, :, :turning].view(batch, 1, turning, -1, 2)).mul_(turns)
+        lean.turn_heads(heads, table, turning)
         query, key, value = heads.transpose(1, 2).split([self.num_heads, self.kv_heads, self.kv_heads], dim=1)
         key, value = cache.write(layer, start, key, value)
         attended = torch.zeros_like(normed)
@@ -230,14 +230,14 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "R D"],
         batch: int,
-        turns: Tensor,
+        table: Tensor,
         mask: Tensor | None,
         cache: KVCache,
         layer: int,
         start: int,
     ) -> None:
         """Nothing; one position's stream is overwritten by what follows this block. For inference in float32."""
-        x += self.attention.step(self.attention_norm(x), batch, turns, mask, cache, layer, start)
+        x += self.attention.step(self.attention_norm(x), batch, table, mask, cache, layer, start)
         gate, value = inferred_pair(self.ffn_norm(x), *self.feed_forward.side_by_side)
         x += inferred(F.silu(gate).mul_(value), self.feed_forward.w2)
 

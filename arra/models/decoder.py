@@ -172,9 +172,8 @@ class Decoder(nn.Module, DecoderFromHub):
         """`forward` for one position without gradients on a CPU: the same formulas in fewer, larger steps."""
         batch = len(x)
         rows = F.pad(x[:, 0], (0, 0, 0, max(MIN_ROWS - batch, 0)))
-        turns = torch.view_as_complex(table)
         for index, block in enumerate(self.layers):
-            block.step(rows, batch, turns, mask, cache, index, start)  # type: ignore[operator]
+            block.step(rows, batch, table, mask, cache, index, start)  # type: ignore[operator]
             if index + 1 in capture:
                 captured[index + 1] = rows[:batch, None].clone()
         return ModelOutput(self.norm(rows)[:batch, None], captured)

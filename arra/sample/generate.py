@@ -69,7 +69,8 @@ def generate(
     An image is a function of the weights, its condition, its seed and the sampling settings, not of `batch_size`, of
     the order or of the other images: each has its own generator, every key is drawn before the first code, and
     pictures are decoded one by one. What is left is that matrix products may round differently at other numbers of
-    rows (not on one CPU thread, see MIN_ROWS): of two codes whose noisy scores agree to about 1e-6 the other may win.
+    rows (not on a CPU with oneDNN, see `arra/models/products.py`): of two codes whose noisy scores agree to about 1e-6
+    the other may win.
 
     The model's mode, state dict and the global random state are left as they were.
     Raises: ArraError for conditions, seeds or settings that do not fit.

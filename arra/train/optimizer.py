@@ -92,14 +92,13 @@ def make_optimizers(parameters: dict[str, nn.Parameter], settings: TrainSettings
     return [Muon(matrices, s.learning_rate, momentum=s.muon_momentum, weight_decay=s.weight_decay), adamw]
 
 
-@torch.no_grad()
 def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> float:
     """The norm of all gradients together; they are scaled down to `most` if it is more, else not touched."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = float(nn.utils.get_total_norm(gradients))
-    if norm > most:
-        torch._foreach_mul_(gradients, most / (norm + 1e-6))
-    return norm
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    found = float(norm)
+    if found > most:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return found
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
