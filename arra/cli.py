@@ -63,7 +63,7 @@ TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", help="Image tokenizer in place of the run's: a name or a folder.")
 ]
 TokenizerWeightsOption = Annotated[
-    Path | None, typer.Option("--tokenizer-weights", help="Checkpoint file of a published tokenizer.")
+    Path | None, typer.Option("--tokenizer-weights", help="Checkpoint file of a published tokenizer, or its folder.")
 ]
 
 
@@ -367,6 +367,9 @@ def generate(
     top_k: Annotated[int | None, typer.Option("--top-k", min=0, help="0 is off.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", min=0.0, max=1, help="1 is off.")] = None,
     min_p: Annotated[float | None, typer.Option("--min-p", min=0.0, max=1, help="0 is off.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option("--image-size", help="For language models: pixels, as 512 or as 768x512 (wide).")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures painted together.")] = 16,
     text_encoder: Annotated[
         Path | None, typer.Option("--text-encoder", help="Folder of the text encoder of a caption model.")
@@ -381,7 +384,7 @@ def generate(
 
     Example: arra generate runs/arra-base-b --label 207 --label "tabby cat" --seeds 0-3 --cfg-scale 2
     """
-    from arra.stages.paint import load_painter, paint, parse_seeds
+    from arra.stages.paint import load_painter, paint, parse_grid, parse_seeds
     from arra.stages.wishes import make_wishes, read_asked
 
     texts, labels = read_asked(prompt or [], prompts, label or [])
@@ -397,7 +400,8 @@ def generate(
         "min_p": min_p,
     }
     folder = out or run / "samples" / "generated"
-    written = paint(loaded, wishes, numbers, folder, overrides=chosen, batch_size=batch_size)
+    grid = parse_grid(loaded.model, image_size)
+    written = paint(loaded, wishes, numbers, folder, overrides=chosen, batch_size=batch_size, grid=grid)
     typer.echo(f"{len(written) - 1} pictures in {folder}, all together in {written[-1]}")
 
 
@@ -522,14 +526,38 @@ def import_weights(
         list[str] | None,
         typer.Option("--init-missing", metavar="PATTERN", help="Missing keys to initialise afresh; may be repeated."),
     ] = None,
+    text_tokenizer: Annotated[
+        Path | None,
+        typer.Option("--text-tokenizer", help="Chameleon's family: tokenizer.json, if not beside the weights."),
+    ] = None,
+    zero_image_head: Annotated[
+        bool | None,
+        typer.Option(
+            "--zero-image-head/--keep-image-head",
+            help="Chameleon's family: the head's rows of codes start from nought, or as they are.",
+        ),
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option("--layout", help="Chameleon's family: lumina or chameleon; default: by the source.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", help="Chameleon's family: what is read in place of {prompt}.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", min=1, help="Chameleon's family: pixels per side; default: 512.")
+    ] = None,
 ) -> None:
-    """LlamaGen's weights to arra's format: a decoder's or a tokenizer's folder. No file can run code.
+    """Published weights to arra's format: LlamaGen's, Chameleon's, Lumina-mGPT's, ARRA's. No file can run code.
 
     Every missing and unexpected key is named, and is an error unless a pattern covers it.
 
     Example: arra import c2i_L_384.pt models/llamagen-l --grid 24x24
 
     Example: arra import vq_ds16_c2i.pt models/vq16
+
+    Example: arra import Lumina-mGPT-7B-512 models/lumina --text-tokenizer text_tokenizer.json --dtype bfloat16
+
+    Example: arra import vqgan.ckpt models/chameleon-vq
     """
     from arra.stages.weights import import_weights as import_into
 
@@ -545,6 +573,11 @@ def import_weights(
         dtype=dtype,
         ignore=ignore or (),
         init_missing=init_missing or (),
+        text_tokenizer=text_tokenizer,
+        zero_image_head=zero_image_head,
+        layout=layout,
+        template=template,
+        image_size=image_size,
     )
     typer.echo(done.summary())
     typer.echo(str(done.path))
@@ -553,22 +586,74 @@ def import_weights(
 @app.command(name="export")
 def export_weights(
     source: Annotated[Path, typer.Argument(help="A run, or the folder of a decoder or a tokenizer.")],
-    out: Annotated[Path, typer.Argument(help="File to write; must be new.")],
-    to: Annotated[str, typer.Option("--to", help="Whose format: llamagen.")] = "llamagen",
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = "float32",
+    out: Annotated[Path, typer.Argument(help="File to write, or a language model's folder; must be new.")],
+    to: Annotated[
+        str | None, typer.Option("--to", help="llamagen; of a language model hf (default) or lumina; chameleon.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, float16 or bfloat16; default: float32, a language model's own."),
+    ] = None,
     layout: Annotated[
         str, typer.Option("--layout", help='train: {"model": weights}; fsdp: the weights alone (--from-fsdp).')
     ] = "train",
 ) -> None:
-    """A checkpoint that the original LlamaGen loads, and the options to give its scripts.
+    """A checkpoint that the original LlamaGen, transformers or Lumina-mGPT loads, and how.
 
     Example: arra export runs/llamagen_c2i model.pt --to llamagen
+
+    Example: arra export runs/arra-adapt exported --to lumina --dtype bfloat16
     """
     from arra.stages.weights import export_weights as export_to
 
     done = export_to(source, out, to=to, dtype=dtype, layout=layout)
     typer.echo(done.summary())
-    typer.echo(f"for LlamaGen: {done.hint}")
+    typer.echo(done.hint)
+    typer.echo(str(done.path))
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be new.")],
+    llm: Annotated[str, typer.Option("--llm", help="A causal LM: a folder in Hugging Face layout, or a hub's name.")],
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", help="An image tokenizer of `arra list tokenizers`, or a tokenizer folder.")
+    ],
+    tokenizer_weights: TokenizerWeightsOption = None,
+    image_size: Annotated[int, typer.Option("--image-size", min=1, help="Pixels per side of its pictures.")] = 256,
+    start: Annotated[
+        str, typer.Option("--start", help="codebook: codes that look alike begin alike; mean: all begin alike.")
+    ] = "codebook",
+    rows: Annotated[
+        bool, typer.Option("--rows/--no-rows", help="Write sides and ends of rows, for pictures of any aspect.")
+    ] = True,
+    template: Annotated[
+        str, typer.Option("--template", help="What the model reads for a prompt; {width} and {height} may be in it.")
+    ] = "{prompt}",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the new rows.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: the LM's.")
+    ] = None,
+) -> None:
+    """Any causal language model gets the codes of an image tokenizer as words; `arra train` teaches it to paint.
+
+    Example: arra init models/painter --llm models/smollm2 --tokenizer openmoji-vq4 --image-size 32
+    """
+    from arra.stages.init import init_painter
+
+    done = init_painter(
+        llm,
+        out,
+        tokenizer=tokenizer,
+        tokenizer_weights=tokenizer_weights,
+        image_size=image_size,
+        start=start,
+        rows=rows,
+        template=template,
+        seed=seed,
+        dtype=dtype,
+    )
+    typer.echo(done.summary())
     typer.echo(str(done.path))
 
 

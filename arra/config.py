@@ -23,6 +23,7 @@ from arra.data.sources import AnySource, SourceKind, expand_sources, source_of
 from arra.encoders import SPECS, TEXT_SPECS
 from arra.errors import ArraError
 from arra.evaluate.settings import EvaluateSettings
+from arra.models.adapters import LoraSettings
 from arra.models.llamagen import SIZES
 from arra.runs import atomic_write
 from arra.sample.logits import SamplingSettings
@@ -150,6 +151,52 @@ class TextEncoderSection(Settings):
         return self
 
 
+class TextSection(Settings):
+    """Plain text that a language model goes on reading while it learns to paint, so that it keeps its language."""
+
+    path: str
+    """A text file, or .jsonl whose lines have a "text"."""
+    rows: int = Field(2, ge=0)
+    """Rows of text beside the pictures of every batch; 0 only watches the loss on them."""
+    length: int = Field(256, gt=1)
+    """Tokens of a row."""
+    held_out_share: float = Field(0.05, gt=0, lt=1)
+    """Share of the rows, at the end, on which `text_loss` is measured."""
+
+
+class LanguageSection(Settings):
+    """A language model that learns to paint, in place of the decoder."""
+
+    folder: str
+    """Made by `arra init` (of any causal LM) or `arra import` (Chameleon, Lumina-mGPT, ARRA), or a finished run."""
+    train: Literal["all", "lora", "head"] = "all"
+    """all: every weight; lora: adapters, and the embeddings and head rows of the image's tokens; head: these rows of
+    the head alone (Anole)."""
+    lora: LoraSettings | None = None
+    """With `train: lora`; null takes its defaults."""
+    four_bit: bool = False
+    """With `train: lora`: the frozen matrices in four bits (QLoRA; extra 'lean')."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of what is not trained; what is trained is float32."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """After the attention and the feed-forward of every block; the released ARRA has 0.05."""
+    template: str | None = None
+    """What is read in place of a prompt, with {prompt} in it, and perhaps {width} and {height}; null: the folder's."""
+    text: TextSection | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LanguageSection":
+        if self.train != "lora" and (self.lora is not None or self.four_bit):
+            raise ValueError(f"'lora' and 'four_bit' go with 'train: lora', it is '{self.train}'; change one of them")
+        if self.train == "all" and self.frozen_dtype != "float32":
+            raise ValueError("'frozen_dtype' is the type of what is not trained; with 'train: all' that is nothing")
+        if self.template is not None and self.template.count("{prompt}") != 1:
+            raise ValueError("'template' must hold {prompt} once")
+        return self
+
+
+LLM_KEYS = ("llm", "condition", "text_vocab_size", "seed")
+"""What a model section may say beside `llm`; all else comes with the language model's folder."""
 PREFIX_LENGTHS = {"text": 14, "class": 1, "caption": 120}
 
 
@@ -158,6 +205,8 @@ class ModelSection(Settings):
 
     condition: Literal["text", "class", "caption"] = "text"
     """text: words of the prompt, which the model learns to read; class: a label; caption: vectors of a text encoder."""
+    llm: LanguageSection | None = None
+    """A language model in place of the decoder; shape and vocabulary come with it."""
     size: Literal["b", "l", "xl", "xxl", "xxxl", "1b", "3b", "7b"] | None = None
     """One of LlamaGen's published shapes, in place of layers, heads and width."""
     num_layers: int = Field(4, gt=0)
@@ -195,6 +244,14 @@ class ModelSection(Settings):
             return data
         filled = dict(data)
         size, condition = filled.get("size"), filled.get("condition", "text")
+        if filled.get("llm") is not None:
+            defaults = {name: field.default for name, field in cls.model_fields.items()}
+            odd = [name for name in filled if name not in LLM_KEYS and filled[name] != defaults.get(name)]
+            if odd and odd[0] in defaults:
+                raise ValueError(f"'{odd[0]}' is the decoder's, and a language model has its own; leave it out")
+            if condition != "text":
+                raise ValueError(f"condition: a language model reads text, found '{condition}'; leave it out")
+            return filled
         shape = SIZES.get(size, {}) if isinstance(size, str) else {}
         if shape and filled.get("ffn_hidden_size") is not None:
             raise ValueError(f"ffn_hidden_size follows from size '{size}'; leave one of the two out")
@@ -245,7 +302,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
-        if self.align is not None and self.align.layer > self.model.num_layers:
+        if self.model.llm is None and self.align is not None and self.align.layer > self.model.num_layers:
             raise ValueError(
                 f"align.layer: {self.align.layer} is outside 0..{self.model.num_layers} here; the paper uses 1"
             )
@@ -253,6 +310,8 @@ class Recipe(Settings):
             raise ValueError(
                 "model.condition: caption needs a 'text_encoder' section, as in text_encoder: {name: flan-t5-xl}"
             )
+        if self.train.precision != "float32" and self.model.llm is None:
+            raise ValueError("train.precision: bfloat16 is for language models (model.llm); leave it out")
         width = self.model.hidden_size
         if width % self.model.num_heads or (width // self.model.num_heads) % 4:
             raise ValueError(

@@ -16,6 +16,8 @@ from arra.errors import ArraError
 EXTRAS = {
     "encoders": ("transformers", "open_clip", "timm", "torchvision"),
     "text": ("transformers", "ftfy", "sentencepiece"),
+    "llm": ("transformers", "peft", "accelerate"),
+    "lean": ("bitsandbytes",),
     "metrics": ("torch_fidelity", "torchmetrics", "torchxrayvision"),
     "app": ("gradio",),
     "ray": ("ray",),
@@ -154,7 +156,8 @@ def _models() -> Iterator[str]:
         shape = f"{size['num_layers']} layers, width {size['hidden_size']}, {size['num_heads']} heads"
         yield f"llamagen-{name}  {shape}, {parameters / 1e6:,.0f}M parameters (class-conditional)"
     yield "llamagen  any LlamaGen file, sizes read from it"
-    yield "FOLDER  a run folder, or one made by save_model"
+    yield "chameleon, lumina-mgpt  any checkpoint of the family: load_model('chameleon', weights=FOLDER), arra import"
+    yield "FOLDER  a run, one made by save_model, or any causal LM made a painter by arra init"
 
 
 def _sources() -> Iterator[str]:

@@ -17,7 +17,7 @@ from arra.train.interrupt import TrainingInterrupted
 
 COMMANDS = (
     *("demo", "prepare", "tokenize", "extract", "train", "generate", "evaluate", "report", "doctor", "list"),
-    *("import", "export", "reconstruct"),
+    *("init", "import", "export", "reconstruct"),
     *("data check", "data show", "data verify", "data export"),
 )
 
@@ -44,7 +44,7 @@ def test_help_names_every_command(run_arra):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "nosuch"], "nosuch: no such file; built-in recipes: demo, llamagen_c2i, llamagen_t2i"),
+        (["train", "nosuch"], "nosuch: no such file; built-in recipes: arra_mimic, demo, llamagen_c2i"),
         (["train", "demo.yml"], r"demo.yml: no such file; did you mean 'demo'\?; built-in recipes"),
         (["train", "demo", "--row", "alinged"], r"demo: no row 'alinged'; did you mean 'aligned'\?; rows: baseline, "),
         (["train", "demo", "--set", "train.stps=3"], r"--set train.stps: unknown key; did you mean 'steps'\?"),

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from arra.config import Recipe, load_recipe
+from arra.data.batches import Batches
 from arra.data.store import Store
 from arra.errors import ArraError
 from arra.stages.prepare import PrepareOptions, prepare
@@ -421,6 +422,7 @@ def test_sources_of_one_name_mix_and_are_weighed(tmp_path: Path, pictures: Path,
     assert [each["name"] for each in store.about["sources"]] == ["imgs", "imgs-2"]
     assert {store.fields(row, "id")[0].split("/")[0] for row in (0, 119)} == {"imgs", "imgs-2"}
     batches = training_data(recipe, store, load_tokenizer(recipe.tokenizer.name)).batches
+    assert isinstance(batches, Batches)
     assert batches.weights == (1, 2)
     assert batches.counts is not None
     first = batches.counts[0]

@@ -36,9 +36,15 @@ class TrainBatch:
     caption: Float[Tensor, "B C E"] | None = None
     null_caption: Bool[Tensor, " B"] | None = None
 
-    def inputs(self) -> dict[str, Tensor | None]:
+    def inputs(self) -> dict[str, Tensor]:
         """What the model is told beside the tokens, by the names of its keyword arguments."""
-        return {"prefix_mask": self.prefix_mask, "caption": self.caption, "null_caption": self.null_caption}
+        told = {"prefix_mask": self.prefix_mask, "caption": self.caption, "null_caption": self.null_caption}
+        return {name: value for name, value in told.items() if value is not None}
+
+    @property
+    def labelled(self) -> Bool[Tensor, "B S"]:
+        """S = T - 1 positions of the fed sequence whose state predicts a token that carries next-token loss."""
+        return self.labels[:, 1:] != NOTHING
 
     @property
     def predicting(self) -> Bool[Tensor, "B S"]:
@@ -84,6 +90,20 @@ def make_batch(
         caption=prefix.caption,
         null_caption=prefix.null_caption,
     )
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """Makes a batch of conditions and codes, as the model at hand wants it."""
+
+    def __call__(
+        self,
+        prefix: Prefix,
+        codes: Int[Tensor, "B P"],
+        *,
+        features: Float[Tensor, "B F"] | None = None,
+        rows: Int[Tensor, " B"] | None = None,
+    ) -> TrainBatch: ...
 
 
 @runtime_checkable
@@ -143,6 +163,7 @@ class Batches:
     """Sizes of the runs of records that are fetched together (row groups of an export); null is one by one."""
     window: int = 1
     """Groups whose records are mixed with each other."""
+    write: Writes = make_batch
 
     @cached_property
     def plan(self) -> Plan:
@@ -179,7 +200,7 @@ class Batches:
             part_next = part_of(next_rows.numpy(), rank, num_ranks)
             self.pictures.expect(next_rows[part_next], next_chance[part_next])
             self.conditions.expect(next_rows[part_next])
-        return make_batch(prefix, codes, features=features, rows=rows[part])
+        return self.write(prefix, codes, features=features, rows=rows[part])
 
     @cached_property
     def _picked(self) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -198,6 +219,7 @@ class HeldOutBatches(Sequence[TrainBatch]):
     conditions: Conditions
     codes: Int[Tensor, "N P"]
     batch_size: int = 64
+    write: Writes = make_batch
 
     def __len__(self) -> int:
         return max(1, len(self.codes) // self.batch_size)
@@ -208,7 +230,7 @@ class HeldOutBatches(Sequence[TrainBatch]):
         rows = torch.from_numpy(np.array_split(np.arange(len(self.codes)), len(self))[number])
         whole = torch.ones(len(rows), max(3, self.conditions.length))
         prefix = self.conditions.take(rows, whole[:, :3], whole[:, : self.conditions.length])
-        return make_batch(prefix, self.codes[rows], rows=rows)
+        return self.write(prefix, self.codes[rows], rows=rows)
 
 
 def generator(seed: int, purpose: str, index: int) -> torch.Generator:

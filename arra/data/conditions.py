@@ -27,6 +27,10 @@ class Prefix:
     caption: Float[Tensor, "B C F"] | None = None
     null_caption: Bool[Tensor, " B"] | None = None
     """Rows whose caption the model replaces by its null caption."""
+    prompts: tuple[Sequence[int] | None, ...] | None = None
+    """For language models: the prompts' ids, of any length; None writes a row without a prompt."""
+    grid: tuple[int, int] | None = None
+    """For language models: height and width in codes of these pictures."""
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ from arra.evaluate.card import Card, Evaluation, Result, measure, values_key
 from arra.evaluate.likelihood import Asked, likelihoods
 from arra.evaluate.retrieval import caption_ranks, class_ranks, retrieval_ranks
 from arra.evaluate.settings import EvaluateSettings
-from arra.models import Decoder
+from arra.models import Painter
 from arra.sample.generate import generate
 from arra.tokenizers import ImageTokenizer
 
@@ -61,7 +61,7 @@ class HeldOutSplit:
 
 
 def evaluate_model(
-    model: Decoder,
+    model: Painter,
     tokenizer: ImageTokenizer,
     judge: Encoder,
     splits: list[HeldOutSplit],
@@ -111,7 +111,7 @@ def evaluate_model(
 
 
 def paint_split(
-    model: Decoder,
+    model: Painter,
     tokenizer: ImageTokenizer,
     split: HeldOutSplit,
     settings: EvaluateSettings,

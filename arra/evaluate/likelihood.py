@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from arra.models import Decoder
+from arra.models import Painter
 
 Asked = Callable[[Sequence[int]], dict[str, Any]]
 """From places of pictures to what the model is told of them: keyword arguments of `Decoder.logits` and `generate`."""
@@ -28,7 +28,7 @@ class Likelihoods:
 
 @torch.no_grad()
 def likelihoods(
-    model: Decoder,
+    model: Painter,
     codes: Int[Tensor, "N P"],
     asked: Asked,
     *,
@@ -64,7 +64,7 @@ def wrong_places(count: int, labels: Int[Tensor, " N"] | None, *, seed: int) -> 
 
 @torch.no_grad()
 def nll_per_picture(
-    model: Decoder, codes: Int[Tensor, "N P"], asked: Asked, *, places: Sequence[int], batch_size: int = 64
+    model: Painter, codes: Int[Tensor, "N P"], asked: Asked, *, places: Sequence[int], batch_size: int = 64
 ) -> Float[Tensor, " N"]:
     """Mean negative log-likelihood of each picture's codes under the conditions of `places`, nats per code."""
     parts = []

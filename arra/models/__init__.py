@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,32 @@ import safetensors.torch
 import torch
 
 from arra.errors import ArraError
+from arra.models.causal import CausalLM
 from arra.models.decoder import Condition, Decoder, DecoderSettings, ModelOutput
 from arra.models.fitting import Fitting
+from arra.models.language_folder import CARD_FILE, load_language_model, save_language_model
+from arra.models.language_folder import KIND as LANGUAGE_KIND
 from arra.models.llamagen import SIZES, build_decoder, decoder_settings, infer_settings, told_settings
 from arra.models.weights import Entry, Weights, read_weights
 from arra.runs import atomic_file, atomic_write
 
-__all__ = ["Condition", "Decoder", "DecoderSettings", "ModelOutput", "load_model", "open_weights", "save_model"]
+__all__ = [
+    "CausalLM",
+    "Condition",
+    "Decoder",
+    "DecoderSettings",
+    "ModelOutput",
+    "Painter",
+    "load_decoder",
+    "load_model",
+    "open_weights",
+    "save_model",
+]
 
-WEIGHTS_FILE, CARD_FILE, TOKENIZER_FILE = "model.safetensors", "model.json", "tokenizer.json"
+CHAMELEONS = ("chameleon", "lumina-mgpt")
+Painter = Decoder | CausalLM
+"""A network that predicts image codes after a condition."""
+WEIGHTS_FILE, TOKENIZER_FILE = "model.safetensors", "tokenizer.json"
 
 
 def load_model(
@@ -30,14 +48,15 @@ def load_model(
     ignore: Sequence[str] = (),
     init_missing: Sequence[str] = (),
     **settings: Any,
-) -> Decoder:
-    """A decoder in eval mode.
+) -> Painter:
+    """A model in eval mode.
 
     `name` is "llamagen-b" (l, xl, xxl, xxxl, 1b, 3b, 7b), "llamagen" (every size from the weights, `num_heads=` and
-    `grid=` as arguments where nothing tells them) or a folder: a run, a saved model, or LlamaGen's own (config.json
-    and weights). `weights` is a checkpoint and `entry` which of its state dicts to take; without one the model is
-    freshly initialised. `dtype=None` keeps the file's. Keys that match `ignore` are left out, missing ones that match
-    `init_missing` get initial weights. Other arguments are fields of `DecoderSettings`.
+    `grid=` as arguments where nothing tells them) or a folder: a run, a saved model, a language model of `arra init`
+    or `arra import`, or LlamaGen's own (config.json and weights). `weights` is a checkpoint and `entry` which of its
+    state dicts to take; without one the model is freshly initialised. `dtype=None` keeps the file's. Keys that match
+    `ignore` are left out, missing ones that match `init_missing` get initial weights. Other arguments are fields of
+    `DecoderSettings`; for "chameleon" and "lumina-mgpt" those of `ChameleonOptions`: text_tokenizer=, layout=, ...
     Raises: ArraError for an unknown name, unreadable or unfitting weights, and settings that make no model.
     """
     how = Fitting(dtype, tuple(ignore), tuple(init_missing))
@@ -48,9 +67,11 @@ def load_model(
         if weights is not None or settings or how.ignore or how.init_missing:
             raise ArraError(f"{folder}: a model folder brings its own weights and settings; drop the other arguments")
         return _load_folder(folder, how)
+    if str(name) in CHAMELEONS:
+        return _open_chameleon(str(name), weights, how, entry, settings)
     family, _, size = str(name).partition("-")
     if family != "llamagen" or (size and size not in SIZES):
-        known = ", ".join(["llamagen", *(f"llamagen-{known}" for known in SIZES)])
+        known = ", ".join(["llamagen", *(f"llamagen-{known}" for known in SIZES), *CHAMELEONS])
         raise ArraError(
             f"{name}: neither a folder nor a known model; known are {known} (a hub's repository: "
             "Decoder.from_pretrained)"
@@ -62,6 +83,31 @@ def load_model(
         model = Decoder(decoder_settings(str(name), {**shape, **settings})).eval()
         return model if dtype is None else model.to(dtype)
     return open_weights(read_weights(weights, entry=entry), known={**shape, **settings}, how=how)
+
+
+def _open_chameleon(
+    name: str, weights: str | Path | None, how: Fitting, entry: Entry, options: dict[str, Any]
+) -> CausalLM:
+    from arra.models.chameleon_painter import ChameleonOptions, open_chameleon
+
+    if weights is None:
+        raise ArraError(f"{name}: its weights do not come with the package; give the folder as weights=PATH")
+    known = [field.name for field in fields(ChameleonOptions)]
+    if odd := [option for option in options if option not in known]:
+        raise ArraError(f"{name}: {odd[0]}: unknown; expected {', '.join(known)}")
+    told = ChameleonOptions(**options)
+    return open_chameleon(Path(weights), options=told, dtype=how.dtype, entry=entry, ignore=how.ignore).model
+
+
+def load_decoder(name: str | Path, **options: Any) -> Decoder:
+    """What `load_model` gives, where it is a decoder.
+
+    Raises: ArraError as there, and for a language model.
+    """
+    model = load_model(name, **options)
+    if not isinstance(model, Decoder):
+        raise ArraError(f"{name}: a language model; expected a decoder of LlamaGen's kind")
+    return model
 
 
 def open_weights(weights: Weights, *, known: dict[str, Any], how: Fitting) -> Decoder:
@@ -80,6 +126,14 @@ def open_weights(weights: Weights, *, known: dict[str, Any], how: Fitting) -> De
     return model
 
 
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise ArraError(
+            f"{path.parent}: no {path.name} in it; expected a finished run, a folder made by save_model, `arra import` "
+            "or `arra init`, or one with LlamaGen's config.json"
+        )
+
+
 def _told_by(field: str, known: dict[str, Any], told: dict[str, tuple[Any, str]]) -> str:
     """Who said so, and who says otherwise."""
     if field not in known:
@@ -89,12 +143,16 @@ def _told_by(field: str, known: dict[str, Any], told: dict[str, tuple[Any, str]]
     return "given" if same else f"given, against {value} by {who}"
 
 
-def save_model(model: Decoder, folder: str | Path) -> Path:
+def save_model(model: Painter, folder: str | Path) -> Path:
     """The folder, now holding model.safetensors, model.json and, for text, tokenizer.json.
 
-    Each file appears whole or not at all; the card comes last. Raises: ArraError when the folder cannot be written.
+    Of a language model it is a Hugging Face folder besides. Each file appears whole or not at all; the card comes last.
+    Raises: ArraError when the folder cannot be written.
     """
     folder = Path(folder)
+    if isinstance(model, CausalLM):
+        save_language_model(model, folder)
+        return folder
     tokenizer = TOKENIZER_FILE if model.text_tokenizer is not None else None
     card = {"kind": "llamagen", "settings": model.settings.model_dump(mode="json"), "text_tokenizer": tokenizer}
     card["about"] = model.about
@@ -112,20 +170,19 @@ def save_model(model: Decoder, folder: str | Path) -> Path:
     return folder
 
 
-def _load_folder(folder: Path, how: Fitting) -> Decoder:
+def _load_folder(folder: Path, how: Fitting) -> Painter:
     card_path, weights_path = folder / CARD_FILE, folder / WEIGHTS_FILE
-    for path in (card_path, weights_path):
-        if not path.is_file():
-            raise ArraError(
-                f"{folder}: no {path.name} in it; expected a finished run, a folder made by save_model or by `arra "
-                "import`, or one with LlamaGen's config.json"
-            )
+    _require(card_path)
     try:
         card = json.loads(card_path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArraError(f"{card_path}: not valid JSON ({error}); save the model again") from error
-    if not isinstance(card, dict) or card.get("kind") != "llamagen" or not isinstance(card.get("settings"), dict):
+    kind = card.get("kind") if isinstance(card, dict) else None
+    if kind not in ("llamagen", LANGUAGE_KIND) or not isinstance(card.get("settings"), dict):
         raise ArraError(f'{card_path}: expected {{"kind": "llamagen", "settings": {{...}}}}; save the model again')
+    if kind == LANGUAGE_KIND:
+        return load_language_model(folder, dtype=how.dtype)
+    _require(weights_path)
     about, tokenizer = card.get("about") or {}, card.get("text_tokenizer")
     if not isinstance(about, dict) or tokenizer not in (None, TOKENIZER_FILE):
         raise ArraError(f"{card_path}: expected about {{...}} and text_tokenizer null or {TOKENIZER_FILE!r}")

@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from arra.data.layout import text_prefix
 from arra.errors import ArraError
 from arra.models import lean
 from arra.models.blocks import EMBEDDINGS, Block, RMSNorm, Rotary, attention_mask
 from arra.models.cache import KVCache
+from arra.models.head import CalledHead, Head, head_of
 from arra.models.hub import DecoderFromHub
 from arra.models.products import MIN_ROWS, is_unheard
 from arra.models.settings import DecoderSettings
@@ -55,9 +57,10 @@ class Condition:
         """Number of rows."""
         return self.tokens.shape[0]
 
-    def inputs(self) -> dict[str, Tensor | None]:
-        """The keyword arguments of `Decoder.forward` that repeat on every call."""
-        return {"prefix_mask": self.prefix_mask, "caption": self.caption, "null_caption": self.null_caption}
+    def inputs(self) -> dict[str, Tensor]:
+        """The keyword arguments of a model's forward pass that repeat on every call."""
+        told = {"prefix_mask": self.prefix_mask, "caption": self.caption, "null_caption": self.null_caption}
+        return {name: value for name, value in told.items() if value is not None}
 
     def select(self, rows: Int[Tensor, "N"]) -> "Condition":
         """The rows of the given indices, in their order."""
@@ -92,6 +95,8 @@ class Decoder(nn.Module, DecoderFromHub):
         self.settings = settings
         self.text_tokenizer: TextTokenizer | None = None
         self.about: dict[str, Any] = {}  # free facts that model.json keeps: origin of the weights, text encoder
+        self.recompute = False
+        """Whether training keeps what enters each block alone, and computes the rest again in the backward pass."""
         self.cls_embedding: nn.Module = EMBEDDINGS[settings.condition](settings)
         self.tok_embeddings = nn.Embedding(settings.num_codes, settings.hidden_size)
         self.tok_dropout = nn.Dropout(settings.token_dropout)
@@ -153,8 +158,10 @@ class Decoder(nn.Module, DecoderFromHub):
         captured = {0: x} if 0 in capture else {}
         if cache is not None and end == start + 1 and _steps_fast(self, x):
             return self._step(x, table, mask, cache, start, capture, captured)
+        again = self.recompute and torch.is_grad_enabled()
         for index, block in enumerate(self.layers):
-            x = block(x, table, mask, cache, index, start)
+            parts = (x, table, mask, cache, index, start)
+            x = checkpoint(block, *parts, use_reentrant=False) if again else block(*parts)
             if index + 1 in capture:
                 captured[index + 1] = x
         return ModelOutput(self.norm(x), captured)
@@ -185,6 +192,26 @@ class Decoder(nn.Module, DecoderFromHub):
             return codes
         prefix = self.cls_embedding(tokens[:, :num_prefix], start, caption, null_caption)
         return torch.cat([prefix, codes], dim=1)
+
+    def prefill(
+        self, rows: Condition, codes: Int[Tensor, "B n"], *, grid: tuple[int, int]
+    ) -> tuple[KVCache, Float[Tensor, "B K"]]:
+        """A cache filled with the prefix and the first n codes, and the logits of the code after them."""
+        cache = self.new_cache(len(rows))
+        hidden = self(torch.cat([rows.tokens, codes], dim=1), **rows.inputs(), cache=cache).last_hidden
+        return cache, self.head(hidden[:, -1])
+
+    def decode_step(
+        self, rows: Condition, cache: KVCache, *, codes: Int[Tensor, "B"], index: int, grid: tuple[int, int]
+    ) -> Float[Tensor, "B K"]:
+        """The logits of code `index` + 1, after feeding the codes at `index`; the cache grows by one position."""
+        start = self.settings.prefix_length + index
+        return self.head(self(codes[:, None], **rows.inputs(), cache=cache, start=start).last_hidden[:, -1])
+
+    @property
+    def lm_head(self) -> Head | CalledHead:
+        """The head as the loss takes it; it holds the decoder's own weights."""
+        return head_of(self.output)
 
     def head(self, hidden: Float[Tensor, "*any D"]) -> Float[Tensor, "*any K"]:
         """Logits over the codes in float32, from states after the final norm."""
@@ -222,6 +249,7 @@ class Decoder(nn.Module, DecoderFromHub):
         labels: Sequence[int] | Int[Tensor, "B"] | None = None,
         prompts: Sequence[str] | None = None,
         captions: tuple[Tensor, Tensor | None] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Condition:
         """The prefix for labels, prompts or captions, whichever this decoder was built for.
 
@@ -229,6 +257,8 @@ class Decoder(nn.Module, DecoderFromHub):
         to the end and the padding is zeroed, as LlamaGen's sampler does.
         Raises: ArraError when the kind or a value does not fit the decoder.
         """
+        if grid not in (None, self.settings.grid):
+            raise ArraError(f"grid: this decoder paints {self.settings.grid} codes and nothing else, got {grid}")
         given = {"class": labels, "text": prompts, "caption": captions}
         kinds = [kind for kind, value in given.items() if value is not None]
         if kinds != [self.settings.condition]:
@@ -244,7 +274,7 @@ class Decoder(nn.Module, DecoderFromHub):
         assert captions is not None
         return self._caption_condition(*captions)
 
-    def null_condition(self, condition: Condition) -> Condition:
+    def null_condition(self, condition: Condition, *, grid: tuple[int, int] | None = None) -> Condition:
         """The unconditional twin of a condition: null class, null caption under the same mask, or the empty prompt."""
         tokens = condition.tokens
         if self.settings.condition == "class":

@@ -25,6 +25,8 @@ class Fitting:
     """Patterns (as of file names) of keys to leave out."""
     init_missing: tuple[str, ...] = ()
     """Patterns of keys that, where missing, get a fresh initialisation."""
+    owned: bool = False
+    """Tensors are memory of their own already, so those of the right type are taken as they are."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def fit(
     ignored = [key for key in state if key not in dropped and _matches(key, how.ignore)]
     weights = {key: value for key, value in state.items() if key not in {*dropped, *ignored}}
     initialised = [key for key in expected if key not in weights and _matches(key, how.init_missing)]
-    if faults := _faults(expected, weights, initialised):
+    if faults := find_faults(expected, weights, initialised):
         raise ArraError(f"{source}: does not fit the {what} settings: {'; '.join(faults)}; check name and settings")
     if initialised:
         weights |= {key: value for key, value in fresh().state_dict().items() if key in initialised}
@@ -71,7 +73,7 @@ def fit(
     for key, target in expected.items():
         value = weights.pop(key)
         dtype = how.dtype if how.dtype is not None and target.is_floating_point() else value.dtype
-        ready[key] = value.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        ready[key] = value.to(dtype, memory_format=torch.contiguous_format, copy=not how.owned)
     model.load_state_dict(ready, assign=True)
     for module in model.modules():  # tables that are never saved: made anew by the module itself
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -84,7 +86,10 @@ def _matches(key: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def _faults(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], initialised: Sequence[str]) -> list[str]:
+def find_faults(
+    expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], initialised: Sequence[str] = ()
+) -> list[str]:
+    """What does not fit, each in words: missing, unexpected and differently shaped tensors, integers for numbers."""
     faults = []
     if missing := [key for key in expected if key not in weights and key not in initialised]:
         faults.append(f"missing {name_keys(missing)}")

@@ -1,25 +1,22 @@
 """Training steps that keep little and compute fast: what is cheap to make again is made again in the backward pass.
 
 Autograd keeps every intermediate of a norm, a gate, a dropout and a softmax: about 30 tensors of the model's width for
-each position of a block, and three times the logits. These functions keep 12 of the width: the residual stream before
-the attention and before the feed-forward, queries, keys, values and what attention gave, the two branches of the gate,
-and dropout masks of one byte; of the logits a slice at a time exists. No matrix product is done twice. Results are
-those of the plain formulas in `blocks.py`, which serve wherever `usable` says no.
-Letters: N positions (batch times sequence), S sequence, H heads, E head size, D model width, I inner width, K codes.
+each position of a block. These functions keep 12 of the width: the residual stream before the attention and before the
+feed-forward, queries, keys, values and what attention gave, the two branches of the gate, and dropout masks of one
+byte. No matrix product is done twice. Results are those of the plain formulas in `blocks.py`, which serve wherever
+`usable` says no. The loss on the logits is `head.py`'s.
+Letters: N positions (batch times sequence), S sequence, H heads, E head size, D model width, I inner width.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from arra.models.products import inferred, is_plain, product
-
-HEAD_BYTES = 2**25
-"""Logits that exist at one time while training: 512 positions at 16,384 codes. Half as many cost a percent of speed."""
 
 
 def usable(x: Tensor, *layers: nn.Module) -> bool:
@@ -41,6 +38,12 @@ def linear(x: Float[Tensor, "*any I"], layer: nn.Module) -> Float[Tensor, "*any 
         found: Tensor = layer(x)
         return found
     return inferred(x, layer)
+
+
+def multiplied(x: Float[Tensor, "N I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "N O"]:
+    """x w^T of float32 matrices, with gradients."""
+    found: Tensor = _Linear.apply(x, weight)
+    return found
 
 
 class _Linear(torch.autograd.Function):
@@ -173,59 +176,3 @@ class _DropAdd(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (kept,) = ctx.saved_tensors
         return grad, (grad * kept).mul_(ctx.scale), None
-
-
-def head_loss(
-    hidden: Float[Tensor, "N D"],
-    weight: Float[Tensor, "K D"],
-    labels: Int[Tensor, " N"],
-    *,
-    shares: Float[Tensor, " N"],
-    z_weight: float = 0.0,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
-    """Sums of next-token loss + z_weight * z, of the loss, and of z (squared log-partition), weighed by `shares`.
-
-    The first carries gradients, computed at once while each slice of the logits is there.
-    """
-    total, ntp, z = _HeadLoss.apply(hidden, weight, labels, shares, z_weight)
-    return total, ntp.detach(), z.detach()
-
-
-class _HeadLoss(torch.autograd.Function):
-    """Keeps the gradients themselves, which the loss's own gradient scales."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shares: Tensor, z_weight: float
-    ) -> tuple[Tensor, ...]:
-        rows = max(1, HEAD_BYTES // (weight.shape[0] * weight.element_size()))
-        grad_hidden, grad_weight = torch.empty_like(hidden), None
-        ntp, z = hidden.new_zeros(()), hidden.new_zeros(())
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits, wanted, share = product(hidden[part], weight.T), labels[part, None], shares[part, None]
-            chosen = logits.gather(1, wanted)
-            log_partition = logits.logsumexp(1, keepdim=True)
-            ntp += (share * (log_partition - chosen)).sum()
-            z += (share * log_partition.square()).sum()
-            slope = logits.sub_(log_partition).exp_()
-            slope.mul_(share * (1 + 2 * z_weight * log_partition)).scatter_add_(1, wanted, -share)
-            grad_hidden[part] = product(slope, weight)
-            if grad_weight is None:
-                grad_weight = slope.T @ hidden[part]
-            else:
-                grad_weight.addmm_(slope.T, hidden[part])
-        ctx.gradients = (grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight)
-        ctx.mark_non_differentiable(ntp, z)
-        return ntp + z_weight * z, ntp, z
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("the head's gradients are made once; run the forward pass again")
-        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
-        if grad != 1:
-            grad_hidden.mul_(grad)
-            grad_weight.mul_(grad)
-        return grad_hidden, grad_weight, None, None, None

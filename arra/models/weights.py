@@ -92,7 +92,7 @@ def read_weights(path: str | Path, *, entry: Entry = "model") -> Weights:
     main = _file_in(source) if source.is_dir() else source
     if not main.is_file():
         raise ArraError(f"{source}: no such checkpoint file; pass a .pt, .pth or .safetensors file, or its folder")
-    files = _shards(main) if main.name.endswith(".index.json") else (main,)
+    files = shard_files(main) if main.name.endswith(".index.json") else (main,)
     content: dict[Any, Any] = {}
     for file in files:
         part = _read_file(file)
@@ -131,7 +131,11 @@ def _file_in(folder: Path) -> Path:
     raise ArraError(f"{folder}: no checkpoint in it; expected one of {', '.join(FOLDER_FILES)} or a .pt file")
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
+def shard_files(index: Path) -> tuple[Path, ...]:
+    """The files that an index of shards names, all beside it.
+
+    Raises: ArraError when it cannot be read, names others, or some are missing.
+    """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         plain = all(Path(name).name == name and name not in ("", "..") for name in names)

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from pydantic import ValidationError
 from torch import Tensor
 
 from arra.errors import ArraError
-from arra.models.cache import KVCache
-from arra.models.decoder import Condition, Decoder
+from arra.models import Condition, Painter
 from arra.models.products import packed_weights
 from arra.sample.logits import SamplingSettings, draw_keys, guide, pick
 
@@ -43,7 +42,7 @@ class GenerationResult:
 
 
 def generate(
-    model: Decoder,
+    model: Painter,
     tokenizer: ImageTokenizer | None = None,
     *,
     seeds: Sequence[int],
@@ -57,13 +56,15 @@ def generate(
     top_p: int | float = 1.0,
     min_p: int | float = 0.0,
     batch_size: int = 16,
+    grid: tuple[int, int] | None = None,
     prefix_codes: Int[Tensor, "N n"] | None = None,
     watch: Callable[[int, int, Tensor], None] | None = None,
 ) -> GenerationResult:
     """Images for conditions and seeds: zipped when there are equally many, otherwise every condition with every seed.
 
     The product is ordered condition by condition. Without a tokenizer `images` is None. `prefix_codes` are the first n
-    codes of every image, one row each or one row for all; the rest is painted. `watch` is called as
+    codes of every image, one row each or one row for all; the rest is painted. `grid` is the height and width in codes,
+    a choice where the model is a language model. `watch` is called as
     watch(first image of the batch, code index, logits (B, K) after guidance).
 
     An image is a function of the weights, its condition, its seed and the sampling settings, not of `batch_size`, of
@@ -86,10 +87,11 @@ def generate(
         min_p=min_p,
     )
     with _evaluating(model), packed_weights(model), torch.no_grad():
-        conditions = model.condition(prompts=prompts, labels=labels, captions=captions)
+        conditions = model.condition(prompts=prompts, labels=labels, captions=captions, grid=grid)
+        grid = grid or model.settings.grid
         rows, image_seeds = pair(len(conditions), seeds)
-        forced = _forced_codes(model, prefix_codes, len(rows))
-        num_codes = model.settings.num_positions
+        num_codes = grid[0] * grid[1]
+        forced = _forced_codes(model, prefix_codes, len(rows), num_codes)
         keys = draw_keys(image_seeds, num_codes)
         batches = []
         for first in range(0, len(rows), batch_size):
@@ -98,13 +100,14 @@ def generate(
             codes = paint(
                 model,
                 condition,
+                grid=grid,
                 keys=keys[chosen].to(model.device),
                 settings=settings,
                 prefix_codes=None if forced is None else forced[chosen].to(model.device),
                 watch=None if watch is None else _watch_batch(watch, first, len(chosen)),
             )
             batches.append(codes)
-        codes = torch.cat(batches).unflatten(1, model.settings.grid)
+        codes = torch.cat(batches).unflatten(1, grid)
         images = None if tokenizer is None else torch.cat([tokenizer.decode(one[None]) for one in codes])
     return GenerationResult(
         images=images,
@@ -129,16 +132,17 @@ def pair(num_conditions: int, seeds: Sequence[int]) -> tuple[list[int], list[int
 
 
 def paint(
-    model: Decoder,
+    model: Painter,
     condition: Condition,
     *,
+    grid: tuple[int, int],
     keys: Int[Tensor, "B P"],
     settings: SamplingSettings,
     prefix_codes: Int[Tensor, "B n"] | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> Int[Tensor, "B P"]:
     """The codes of one batch; `watch(index, logits)` sees the logits each code is taken from, before the filters."""
-    num_images, num_codes = len(condition), model.settings.num_positions
+    num_images, num_codes = len(condition), keys.shape[1]
     num_forced = 0 if prefix_codes is None else prefix_codes.shape[1]
     codes = torch.empty(num_images, num_codes, dtype=torch.int64, device=model.device)
     if prefix_codes is not None:
@@ -148,8 +152,9 @@ def paint(
     guided_until = settings.guided_codes(num_codes)
     rows = condition
     if guided_until > num_forced:
-        rows = condition.join(model.null_condition(condition))
-    cache, logits = prefill(model, rows, codes[:, :num_forced])
+        rows = condition.join(model.null_condition(condition, grid=grid))
+    cache: Any  # each family has its own
+    cache, logits = model.prefill(rows, _for_each_row(codes[:, :num_forced], len(rows)), grid=grid)
     for index in range(num_forced, num_codes):
         if len(rows) > num_images:
             logits = guide(logits[:num_images], logits[num_images:], cfg_scale=settings.cfg_scale)
@@ -160,30 +165,14 @@ def paint(
             break
         if len(rows) > num_images and index + 1 >= guided_until:
             rows, cache = condition, cache.rows(num_images)
-        logits = decode_step(model, rows, cache, codes=codes[:, index], index=index)
+        fed = _for_each_row(codes[:, index], len(rows))
+        logits = model.decode_step(rows, cache, codes=fed, index=index, grid=grid)
     return codes
-
-
-def prefill(model: Decoder, rows: Condition, prefix_codes: Int[Tensor, "B n"]) -> tuple[KVCache, Float[Tensor, "R K"]]:
-    """A cache filled with the prefix and the given codes, and the logits of the code after them."""
-    cache = model.new_cache(len(rows))
-    tokens = torch.cat([rows.tokens, _for_each_row(prefix_codes, len(rows))], dim=1)
-    hidden = model(tokens, **rows.inputs(), cache=cache).last_hidden
-    return cache, model.head(hidden[:, -1])
-
-
-def decode_step(
-    model: Decoder, rows: Condition, cache: KVCache, *, codes: Int[Tensor, "B"], index: int
-) -> Float[Tensor, "R K"]:
-    """The logits of code `index` + 1, after feeding the codes at `index`; the cache grows by one position."""
-    tokens = _for_each_row(codes[:, None], len(rows))
-    start = model.settings.prefix_length + index
-    return model.head(model(tokens, **rows.inputs(), cache=cache, start=start).last_hidden[:, -1])
 
 
 def _for_each_row(codes: Tensor, num_rows: int) -> Tensor:
     # conditional and null rows of an image share its codes
-    return codes.repeat(num_rows // len(codes), 1)
+    return codes.repeat(num_rows // len(codes), *[1] * (codes.dim() - 1))
 
 
 def _watch_batch(
@@ -200,19 +189,19 @@ def _sampling(**fields: Any) -> SamplingSettings:
         raise ArraError(f"generate: {faults}") from error
 
 
-def _forced_codes(model: Decoder, prefix_codes: Tensor | None, num_images: int) -> Tensor | None:
+def _forced_codes(model: Painter, prefix_codes: Tensor | None, num_images: int, num_codes: int) -> Tensor | None:
     if prefix_codes is None:
         return None
-    if len(prefix_codes) not in (1, num_images) or prefix_codes.shape[1] > model.settings.num_positions:
+    if len(prefix_codes) not in (1, num_images) or prefix_codes.shape[1] > num_codes:
         raise ArraError(
             f"prefix_codes: got {tuple(prefix_codes.shape)}, expected {num_images} rows (or one for all) of at most "
-            f"{model.settings.num_positions} codes"
+            f"{num_codes} codes"
         )
     return prefix_codes.to(torch.int64).expand(num_images, -1)
 
 
 @contextmanager
-def _evaluating(model: Decoder) -> Iterator[None]:
+def _evaluating(model: Painter) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -26,10 +26,11 @@ from arra.encoders.dual import DualEncoder, load_dual_encoder, padded_ids, save_
 from arra.errors import ArraError
 from arra.evaluate.card import Evaluation, ProtocolValue, values_key
 from arra.evaluate.evaluation import HeldOutSplit, encode_all, evaluate_model, paint_split
-from arra.runs import atomic_write, file_hash
+from arra.runs import atomic_write
 from arra.stages.captions import Encodes, StoreCaptions, store_text_tokenizer
 from arra.stages.conditions import asked_of, class_names, open_conditions
 from arra.stages.makers import CODES
+from arra.stages.model import weights_hash
 from arra.stages.origin import judged_columns, noted
 from arra.stages.paint import LoadedRun, load_run
 from arra.stages.pictures import held_out_codes, held_out_pixels, is_imported, require_columns
@@ -76,7 +77,7 @@ def judge_text(loaded: LoadedRun) -> Encodes | None:
     model = loaded.recipe.model
     if loaded.store is None or loaded.recipe.caption_judge is None or model.condition == "class":
         return None
-    if model.condition == "text" and model.weights is None:
+    if model.condition == "text" and model.weights is None and model.llm is None:
         return loaded.model.text_tokenizer  # the store's own
     return store_text_tokenizer(loaded.recipe, loaded.store)
 
@@ -95,6 +96,11 @@ def held_out_splits(
         raise ArraError(
             f"{loaded.run.path}: the store it was trained on is gone or has changed, it was {place}; make it again: "
             f"arra prepare {loaded.run.recipe_path} --store {place}"
+        )
+    if recipe.data.crop.kind == "buckets":
+        raise ArraError(
+            f"{loaded.run.path}: trained on pictures of many shapes, which are not measured yet; paint with arra "
+            "generate, or train with data.crop.kind: center"
         )
     columns, text, splits = judged_columns(recipe), judge_text(loaded), []
     require_columns(recipe, store, loaded.tokenizer, columns)
@@ -230,7 +236,7 @@ def protocol_of(
     judge, teacher = encoder_spec(recipe.encoder.judge), encoder_spec(recipe.encoder.teacher)
     return {
         "model": str(loaded.run.path),
-        "model_sha256": file_hash(loaded.run.path / "model.safetensors"),
+        "model_sha256": weights_hash(str(loaded.run.path)),
         "model_steps": recipe.train.steps,
         "model_seed": recipe.train.seed,
         "model_row": recipe.row,

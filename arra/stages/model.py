@@ -1,5 +1,6 @@
 """The decoder of a recipe: its settings with what the data decide, and its first weights, fresh or given."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from arra.config import Recipe
 from arra.data.store import Store
 from arra.encoders.text import text_encoder_spec
 from arra.errors import ArraError
-from arra.models import Decoder, DecoderSettings, load_model
+from arra.models import Decoder, DecoderSettings, load_decoder
 from arra.runs import file_hash
 from arra.stages.captions import store_text_tokenizer
 from arra.stages.tokenizer import load_named
@@ -19,8 +20,8 @@ from arra.tokenizers.vq import VQSettings
 
 CLASSES = "cls_embedding.embedding_table.weight"
 IMAGENET_CLASSES = 1000
-WEIGHTS_NAMES = ("model.safetensors", "consolidated.pth")
-"""In a folder: ours, and FSDP's."""
+WEIGHTS_NAMES = ("model.safetensors", "consolidated.pth", "model.safetensors.index.json")
+"""In a folder: ours, FSDP's, and the list of a large model's parts."""
 SAME = (
     "condition", "num_layers", "num_heads", "kv_heads", "hidden_size", "ffn_width", "num_codes", "prefix_length",
     "prefix_rotary", "text_vocab_size", "rope_base", "norm_eps",
@@ -102,9 +103,9 @@ def start_from(model: Decoder, weights: str) -> None:
     """
     settings = model.settings
     if (Path(weights) / "model.json").is_file():
-        given = load_model(weights)
+        given = load_decoder(weights)
     else:
-        given = load_model("llamagen", weights=weights, num_heads=settings.num_heads, grid=settings.grid)
+        given = load_decoder("llamagen", weights=weights, num_heads=settings.num_heads, grid=settings.grid)
     named = "caption_dim" if settings.condition == "caption" else None
     for name in (*SAME, *([named] if named else [])):
         theirs, ours = getattr(given.settings, name), getattr(settings, name)
@@ -122,12 +123,15 @@ def start_from(model: Decoder, weights: str) -> None:
 
 
 def weights_hash(weights: str) -> str:
-    """The SHA-256 of given weights.
+    """The SHA-256 of given weights; of weights in parts that of all parts' hashes.
 
     Raises:
         ArraError: there are none.
     """
     for path in (Path(weights), *(Path(weights) / name for name in WEIGHTS_NAMES)):
+        if path.is_file() and path.name.endswith(".index.json"):
+            parts = "".join(file_hash(part) for part in sorted(path.parent.glob("model-*.safetensors")))
+            return hashlib.sha256(parts.encode()).hexdigest()
         if path.is_file():
             return file_hash(path)
     raise ArraError(

@@ -14,20 +14,22 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pydantic import ValidationError
 
 from arra.config import Recipe, TextEncoderSection, parse_recipe
 from arra.data.store import Store
 from arra.distributed import choose_device
 from arra.errors import ArraError
-from arra.models import Decoder, load_model
+from arra.models import CausalLM, Painter, load_model
 from arra.report.grids import GridColumn, png_bytes, sample_grid
-from arra.runs import Run, atomic_file, atomic_write, file_hash, writing
+from arra.runs import Run, atomic_file, atomic_write, writing
 from arra.sample.generate import generate
 from arra.sample.logits import SamplingSettings
+from arra.stages.model import weights_hash
 from arra.stages.origin import columns_of, find_store, noted
 from arra.stages.wishes import Wishes, prompt_wishes
 from arra.tokenizers import ImageTokenizer, load_tokenizer
-from arra.tokenizers.image import PUBLISHED
+from arra.tokenizers.image import EMBEDDED, PUBLISHED
 
 MAX_SEED = 2**63 - 1
 """What torch's generators take."""
@@ -47,7 +49,7 @@ class LoadedDecoder:
     """A model ready to paint."""
 
     path: Path
-    model: Decoder
+    model: Painter
     tokenizer: ImageTokenizer
     sampling: SamplingSettings
     """How it paints unless told otherwise."""
@@ -83,13 +85,35 @@ def load_painter(folder: Path, *, tokenizer: str | None = None, tokenizer_weight
     """
     if (folder / "recipe.yaml").is_file() or not (folder / "model.json").is_file():
         return load_run(folder, tokenizer=tokenizer, tokenizer_weights=tokenizer_weights)
+    model = load_model(folder)
+    codes_of = model.about.get("codes_of") if isinstance(model, CausalLM) else None
+    if tokenizer is None and isinstance(codes_of, dict) and codes_of.get("tokenizer") == EMBEDDED:
+        tokenizer = EMBEDDED
     if tokenizer is None:
         raise ArraError(
-            f"{folder}: a decoder without an image tokenizer; name one, as in --tokenizer llamagen-vq16 "
-            "--tokenizer-weights vq_ds16_c2i.pt"
+            f"{folder}: a model without an image tokenizer; name one, as in --tokenizer {_example_tokenizer(model)}"
         )
-    model = load_model(folder)
-    return LoadedDecoder(folder, model, _given_tokenizer(model, tokenizer, tokenizer_weights), SamplingSettings(), None)
+    own = _given_tokenizer(
+        model, tokenizer, tokenizer_weights, codes_of=codes_of if isinstance(codes_of, dict) else None
+    )
+    return LoadedDecoder(folder, model, own, _own_sampling(model), None)
+
+
+def _example_tokenizer(model: Painter) -> str:
+    if isinstance(model, CausalLM) and model.layout.family in ("lumina", "chameleon"):
+        return "chameleon --tokenizer-weights vqgan.ckpt"
+    return "llamagen-vq16 --tokenizer-weights vq_ds16_c2i.pt"
+
+
+def _own_sampling(model: Painter) -> SamplingSettings:
+    """How a model paints that no recipe speaks for: as its card says, if it does."""
+    told = model.about.get("sampling")
+    try:
+        return SamplingSettings(**told) if isinstance(told, dict) else SamplingSettings()
+    except ValidationError as error:
+        raise ArraError(
+            f"model.json: about.sampling: {error.errors()[0]['msg']}; mend it or save the model again"
+        ) from error
 
 
 def load_run(folder: Path, *, tokenizer: str | None = None, tokenizer_weights: Path | None = None) -> LoadedRun:
@@ -143,7 +167,7 @@ def _own_tokenizer(folder: Path, recipe: Recipe, manifest: dict[str, Any], weigh
 
 
 def _given_tokenizer(
-    model: Decoder, name: str, weights: Path | None, *, codes_of: dict[str, Any] | None = None
+    model: Painter, name: str, weights: Path | None, *, codes_of: dict[str, Any] | None = None
 ) -> ImageTokenizer:
     """A tokenizer whose codes mean what the model's do; `codes_of` says whose those are, where that is known."""
     tokenizer = load_tokenizer(name, weights=weights)
@@ -195,14 +219,17 @@ def paint(
     *,
     overrides: dict[str, Any],
     batch_size: int = 16,
+    grid: tuple[int, int] | None = None,
 ) -> list[Path]:
     """The files written: NNNNNN.png for every wish with every seed, samples.jsonl, and grid.png with the first ones.
+
+    `grid` is the height and width in codes, for models that have the choice.
 
     Raises:
         ArraError: a folder that cannot be written.
     """
     settings = {**loaded.sampling.model_dump(), **{k: v for k, v in overrides.items() if v is not None}}
-    model_hash = file_hash(loaded.path / "model.safetensors")
+    model_hash = weights_hash(str(loaded.path))
     pairs = list(product(range(len(wishes)), seeds))
     written: list[Path] = []
     lines: list[str] = []
@@ -214,6 +241,7 @@ def paint(
             loaded.tokenizer,
             seeds=[seed for _, seed in part],
             batch_size=batch_size,
+            grid=grid,
             **wishes.inputs([place for place, _ in part]),
             **settings,
         )
@@ -272,3 +300,26 @@ def parse_seeds(text: str) -> list[int]:
             raise ArraError(f"--seeds {text}: expected at most {MAX_SEEDS} seeds, none above {MAX_SEED}")
         seeds += range(first, last + 1)
     return seeds
+
+
+def parse_grid(model: Painter, text: str | None) -> tuple[int, int] | None:
+    """Height and width in codes of an image size in pixels, as 512 or 768x512 (width x height); None of None.
+
+    Raises:
+        ArraError: it is no such text, or the model cannot paint it.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d{1,5})(?:\s*[xX]\s*(\d{1,5}))?\s*", text)
+    if match is None:
+        raise ArraError(f"--image-size {text}: expected pixels, as 512, or width x height, as 768x512")
+    if not isinstance(model, CausalLM):
+        raise ArraError("--image-size: this model paints pictures of one size; leave it out")
+    width, height = int(match[1]), int(match[2] or match[1])
+    step = model.layout.pixels_per_code
+    if width % step or height % step:
+        raise ArraError(f"--image-size {text}: sides must be multiples of {step} pixels, those of one code")
+    grid = (height // step, width // step)
+    model.layout.check_grid(grid)
+    model.layout.check_fits(0, grid, where=f"--image-size {text}")
+    return grid

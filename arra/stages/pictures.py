@@ -66,7 +66,11 @@ class StoredPictures:
         """Of several crops of a picture the one that `chance` falls on, the same in codes and features."""
         own = self.rows[rows.numpy()]
         variants = (chance[:, 0].double() * self.codes.entry.variants).long().numpy()
-        codes = torch.from_numpy(self.codes.take(own, variants=variants).astype(np.int64)).flatten(1)
+        if self.codes.entry.is_ragged:  # pictures of one shape are asked for together
+            taken = np.stack(self.codes.take_ragged(own))
+        else:
+            taken = self.codes.take(own, variants=variants)
+        codes = torch.from_numpy(taken.astype(np.int64)).flatten(1)
         if self.features is None:
             return codes, None
         whose = own if self.feature_rows is None else self.feature_rows[rows.numpy()]

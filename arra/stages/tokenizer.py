@@ -24,7 +24,7 @@ from arra.stages.process import Progress, silent
 from arra.stages.squares import center_pictures, spaced
 from arra.tokenizers import EMBEDDED, ImageTokenizer, load_tokenizer
 from arra.tokenizers.image import CARD_FILE
-from arra.tokenizers.vq import VQModel, VQSettings
+from arra.tokenizers.vq import NO_DECODER, VQModel, VQSettings
 from arra.train.discriminator import refuse_small_images
 from arra.train.perceptual import PerceptualDistance, load_perceptual
 from arra.train.pictures import HeldPictures, Pictures, ReadPictures, random_views
@@ -90,6 +90,12 @@ def _refuse_misfits(train: TokenizerTrainSettings, network: VQSettings, image_si
             f"data.image_size: {image_size} is no multiple of {network.downsampling}, the pixels per code of this "
             "tokenizer; change it"
         )
+    if not network.has_decoder:
+        raise ArraError(f"tokenizer: {NO_DECODER}")
+    if train.part == "all" and train.entropy_weight and not network.normalize:
+        raise ArraError(
+            "tokenizer.train.entropy_weight: made for normalised codes, this tokenizer's are not; set it to 0"
+        )
     if train.adversarial is not None:
         refuse_small_images(image_size, num_layers=train.adversarial.num_layers)
 
@@ -129,8 +135,11 @@ def _is_same(kept: object, made_from: Mapping[str, Any]) -> bool:
     """Whether two trainings give the same; what an older card does not tell is what it was by default."""
     if not isinstance(kept, dict) or not isinstance(kept.get("train"), dict):
         return False
-    train = {key: value for key, value in kept["train"].items() if key not in NOT_THE_RESULT}
-    return kept | {"train": _result_settings(TokenizerTrainSettings()) | train} == made_from
+    told = {key: value for key, value in kept["train"].items() if key not in NOT_THE_RESULT}
+    train, network = _result_settings(TokenizerTrainSettings()) | told, kept.get("network")
+    if isinstance(network, dict):
+        network = VQSettings().model_dump(mode="json") | network
+    return kept | {"train": train, "network": network} == made_from
 
 
 def _keeps_codes(store: Store, train: TokenizerTrainSettings, start: ImageTokenizer | None) -> bool:

@@ -4,7 +4,7 @@ Legend: N records, P image positions, F feature.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +15,33 @@ import torch
 from torch import Tensor
 
 from arra.config import Recipe, dump_recipe
-from arra.data.batches import Batches, HeldOutBatches
+from arra.data.batches import Batches, HeldOutBatches, TrainBatch
+from arra.data.language import LayoutWriter, MixedBatches
 from arra.data.loading import default_workers
 from arra.data.records import source_names
 from arra.data.store import Store
 from arra.distributed import choose_device, set_threads
 from arra.encoders import encoder_spec
 from arra.errors import ArraError
-from arra.models import Decoder, save_model
+from arra.models import Decoder, Painter, save_model
+from arra.models.causal import CausalLM
+from arra.models.language_folder import CARD_FILE as LANGUAGE_CARD
+from arra.models.language_folder import LanguageCard
 from arra.report.grids import png_bytes, strip
 from arra.runs import Run, atomic_write
 from arra.sample.generate import generate
 from arra.stages.captions import check_caption_lengths
 from arra.stages.conditions import asked_of, caption_width, condition_facts, num_classes, open_conditions
+from arra.stages.language import (
+    check_sequences,
+    finish_language_model,
+    first_language_model,
+    held_out_batches,
+    language_card,
+    prompt_conditions,
+    shapes_of,
+    text_rows,
+)
 from arra.stages.makers import center_variant, crop_of
 from arra.stages.model import build_model, decoder_settings, text_tokenizer_of, tokenizer_network, weights_hash
 from arra.stages.origin import columns_of, note_store
@@ -49,6 +63,8 @@ from arra.train.alignment import build_alignment
 from arra.train.loop import Trainer
 
 NUM_PREVIEWS = 8
+MAX_TEXT_ROWS, TEXT_ROWS_AT_A_TIME = 256, 16
+"""Of held-out text on which a language model is watched."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +76,16 @@ class TrainingData:
     """None where the codes were imported and nobody gave the tokenizer's weights: training needs none."""
     text: TextTokenizer | None
     pictures: StoredPictures | OnlinePictures
-    batches: Batches
-    validation: HeldOutBatches
+    batches: Batches | MixedBatches
+    validation: Sequence[TrainBatch]
     validation_rows: np.ndarray
+    asked: Callable[[Sequence[int]], dict[str, Any]]
+    """What a model is asked for some of the validation records."""
     features: Tensor | None
     """Of a sample of the training pictures, to fit the target space on."""
+    card: LanguageCard | None = None
+    """Of a language model."""
+    text_validation: Sequence[TrainBatch] = ()
 
 
 def training_data(
@@ -77,36 +98,96 @@ def training_data(
     """
     columns = columns_of(recipe)
     train, validation = store.rows("train", columns=columns), store.rows("validation", columns=columns)
-    text = text_tokenizer_of(recipe, store)
-    if text is not None:
-        check_caption_lengths(store, np.concatenate([train, validation]), text, recipe.model.prefix_length)
     workers = default_workers()
     pictures = open_pictures(recipe, store, tokenizer, train, workers=workers, device=device or torch.device("cpu"))
     features = None
     if recipe.align is not None:
         features = feature_sample(pictures, center_variant(recipe), crop_of(recipe).num_variants)
-    batches = Batches(
-        conditions=open_conditions(recipe, store, train, text),
-        pictures=pictures,
-        batch_size=recipe.train.batch_size,
-        seed=recipe.train.seed,
-        counts=store.source_counts(train),
-        groups=store.group_sizes(train),
-        window=store.window(columns),
-        weights=source_weights(recipe, store),
-    )
-    codes = held_out_codes(recipe, store, tokenizer, validation).flatten(1)
-    held_out = HeldOutBatches(open_conditions(recipe, store, validation, text), codes)
+    told: dict[str, Any] = {
+        "pictures": pictures,
+        "batch_size": recipe.train.batch_size,
+        "seed": recipe.train.seed,
+        "counts": store.source_counts(train),
+        "groups": store.group_sizes(train),
+        "window": store.window(columns),
+        "weights": source_weights(recipe, store),
+    }
+    open_data = decoder_data if recipe.model.llm is None else language_data
     return TrainingData(
         store=store,
         tokenizer=tokenizer,
-        text=text,
         pictures=pictures,
-        batches=batches,
-        validation=held_out,
         validation_rows=validation,
         features=features,
+        **open_data(recipe, store, tokenizer, train=train, validation=validation, told=told),
     )
+
+
+def decoder_data(
+    recipe: Recipe,
+    store: Store,
+    tokenizer: ImageTokenizer | None,
+    *,
+    train: np.ndarray,
+    validation: np.ndarray,
+    told: dict[str, Any],
+) -> dict[str, Any]:
+    """What a decoder of fixed prefix is trained on, as fields of `TrainingData`."""
+    text = text_tokenizer_of(recipe, store)
+    if text is not None:
+        check_caption_lengths(store, np.concatenate([train, validation]), text, recipe.model.prefix_length)
+    conditions = open_conditions(recipe, store, validation, text)
+    codes = held_out_codes(recipe, store, tokenizer, validation).flatten(1)
+    return {
+        "text": text,
+        "batches": Batches(conditions=open_conditions(recipe, store, train, text), **told),
+        "validation": HeldOutBatches(conditions, codes),
+        "asked": asked_of(conditions, store, validation),
+    }
+
+
+def language_data(
+    recipe: Recipe,
+    store: Store,
+    tokenizer: ImageTokenizer | None,
+    *,
+    train: np.ndarray,
+    validation: np.ndarray,
+    told: dict[str, Any],
+) -> dict[str, Any]:
+    """What a language model is trained on, as fields of `TrainingData`.
+
+    Raises:
+        ArraError: a sequence does not fit the model's positions, or its text cannot be read.
+    """
+    card = language_card(recipe, tokenizer)
+    shapes, held = (shapes_of(recipe, store, rows, card) for rows in (train, validation))
+    for rows, grids in ((train, shapes), (validation, held)):
+        check_sequences(store, rows, card, grids)
+    batches = Batches(
+        conditions=prompt_conditions(recipe, store, train, card, shapes),
+        buckets=shapes.numbers,
+        write=LayoutWriter(card.settings.layout),
+        **told,
+    )
+    codes = held_out_codes(recipe, store, tokenizer, validation).flatten(1) if held.numbers is None else None
+    mixed: Batches | MixedBatches = batches
+    text_validation: list[TrainBatch] = []
+    llm = recipe.model.llm
+    if llm is not None and llm.text is not None:
+        own, watched = text_rows(llm.text, card)
+        places = torch.arange(len(watched))[:MAX_TEXT_ROWS]
+        text_validation = [watched.batch(part) for part in places.split(TEXT_ROWS_AT_A_TIME)]
+        if llm.text.rows:
+            mixed = MixedBatches(batches, own, llm.text.rows)
+    return {
+        "text": None,
+        "card": card,
+        "batches": mixed,
+        "validation": held_out_batches(recipe, store, validation, card, held, codes),
+        "asked": lambda places: {"prompts": [store.fields(int(validation[place]), "prompt")[0] for place in places]},
+        "text_validation": text_validation,
+    }
 
 
 def source_weights(recipe: Recipe, store: Store) -> tuple[float, ...] | None:
@@ -134,7 +215,7 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, 
         ArraError: the folder holds another recipe's run, the store does not fit the recipe, or torchrun started many.
         TrainingInterrupted: a signal asked to stop; run again to continue.
     """
-    if recipe.data.crop.kind == "buckets":
+    if recipe.data.crop.kind == "buckets" and recipe.model.llm is None:
         raise ArraError(
             f"data.crop: '{recipe.data.crop.kind}' gives pictures of many shapes, this model paints one grid; "
             "use center, flip, ten_crop or random"
@@ -153,8 +234,9 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, 
         "seed": recipe.train.seed,
         "threads": torch.get_num_threads(),
     }
-    if recipe.model.weights is not None:
-        manifest["weights_sha256"] = weights_hash(recipe.model.weights)
+    start = recipe.model.weights if recipe.model.llm is None else recipe.model.llm.folder
+    if start is not None:
+        manifest["weights_sha256"] = weights_hash(start)
     begun = (folder / "recipe.yaml").is_file()
     if begun and is_finished(run := Run.create(folder, dump_recipe(recipe), manifest), recipe):
         with suppress(ArraError):  # it may lie on a read-only disk
@@ -165,8 +247,8 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, 
         recipe, store, tokenizer, device=device
     )  # first: a recipe that does not fit its data leaves no run behind
     model = first_model(recipe, data).to(device)
-    if recipe.model.weights is not None:
-        model.about["started_from"] = {"weights": recipe.model.weights, "sha256": manifest["weights_sha256"]}
+    if start is not None:
+        model.about["started_from"] = {"weights": start, "sha256": manifest["weights_sha256"]}
     run = Run.create(folder, dump_recipe(recipe), manifest)
     with locked(run):
         if is_finished(run, recipe):
@@ -178,7 +260,7 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, 
                 atomic_write(folder / "tokenizer" / name, (own / name).read_bytes())
         alignment = None
         if recipe.align is not None and data.features is not None:
-            width = recipe.model.hidden_size
+            width = model.hidden_size if isinstance(model, CausalLM) else model.settings.hidden_size
             alignment = build_alignment(recipe.align, data.features, hidden_size=width, seed=recipe.train.seed)
             alignment = alignment.to(device)
         trainer = Trainer(
@@ -190,6 +272,7 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, 
             run=run,
             preview=_previewer(data, run) if previews else None,
             watch=_watcher(progress, recipe.train.steps),
+            text_validation=data.text_validation,
         )
         try:
             trainer.train()
@@ -199,13 +282,17 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, 
             ) from error
         finally:
             data.pictures.close()
-        with trainer.averaged():
-            save_model(model, folder)  # the projector stays behind in the checkpoints
+        with trainer.averaged():  # the projector stays behind in the checkpoints
+            if isinstance(model, CausalLM):
+                finish_language_model(recipe, model, folder)
+            save_model(model, folder)
     return run
 
 
-def first_model(recipe: Recipe, data: TrainingData) -> Decoder:
-    """The decoder before its first step, with what it must know of its conditions to be asked again."""
+def first_model(recipe: Recipe, data: TrainingData) -> Painter:
+    """The model before its first step, with what it must know of its conditions to be asked again."""
+    if data.card is not None:
+        return first_language_model(recipe, data.card)
     network = tokenizer_network(recipe) if data.tokenizer is None else data.tokenizer.model.settings
     settings = decoder_settings(
         recipe,
@@ -216,6 +303,7 @@ def first_model(recipe: Recipe, data: TrainingData) -> Decoder:
     )
     model = build_model(recipe, settings, text=data.text)
     model.about |= condition_facts(recipe, data.store)
+    model.recompute = recipe.train.recompute
     return model
 
 
@@ -227,7 +315,7 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
 
 def _watcher(progress: Progress, steps: int) -> Callable[[dict[str, Any]], None]:
     def watch(row: dict[str, Any]) -> None:
-        note = f"validation {row['ntp_loss']:.3f}"
+        note = f"validation {row['ntp_loss']:.3f}" + (f", text {row['text_loss']:.3f}" if "text_loss" in row else "")
         if row["kind"] == "train":
             aligned = "" if row["gva_loss"] is None else f", gva {row['gva_loss']:.3f}"
             note = f"ntp {row['ntp_loss']:.3f}{aligned}, {row['images_per_second']:.1f} pictures/s"
@@ -236,14 +324,14 @@ def _watcher(progress: Progress, steps: int) -> Callable[[dict[str, Any]], None]
     return watch
 
 
-def _previewer(data: TrainingData, run: Run) -> Callable[[Decoder, int], None] | None:
+def _previewer(data: TrainingData, run: Run) -> Callable[[Painter, int], None] | None:
     if data.tokenizer is None:
         return None
     tokenizer, count = data.tokenizer, len(data.validation_rows)
     spaced = range(0, count, max(1, count // NUM_PREVIEWS))[:NUM_PREVIEWS]
-    asked = asked_of(data.validation.conditions, data.store, data.validation_rows)(spaced)
+    asked = data.asked(spaced)
 
-    def preview(model: Decoder, step: int) -> None:
+    def preview(model: Painter, step: int) -> None:
         result = generate(model, tokenizer, seeds=list(range(len(spaced))), **asked)
         assert result.images is not None
         path = run.path / "previews" / f"step-{step:06d}.png"
@@ -254,6 +342,8 @@ def _previewer(data: TrainingData, run: Run) -> Callable[[Decoder, int], None] |
 
 def describe_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, with the numbers that follow from it as comments."""
+    if recipe.model.llm is not None:
+        return dump_recipe(recipe) + "".join(f"# {line}\n" for line in describe_language_model(recipe))
     network, model = tokenizer_network(recipe), recipe.model
     settings = decoder_settings(recipe, num_codes=network.num_codes, downsampling=network.downsampling)
     with torch.device("meta"):
@@ -281,3 +371,24 @@ def describe_recipe(recipe: Recipe) -> str:
         count = (model.hidden_size + 1) * inner + (inner + 1) * target
         lines.append(f"projector: {count:,} parameters, thrown away after training")
     return dump_recipe(recipe) + "".join(f"# {line}\n" for line in lines)
+
+
+def describe_language_model(recipe: Recipe) -> list[str]:
+    """What follows from a recipe of a language model, in lines; nothing where its folder is not made yet."""
+    llm = recipe.model.llm
+    if llm is None or not (Path(llm.folder) / LANGUAGE_CARD).is_file():
+        return [] if llm is None else [f"model: {llm.folder} is not there yet; arra init or arra import makes it"]
+    settings = language_card(recipe).settings
+    layout, grid = settings.layout, settings.grid
+    images = recipe.train.steps * recipe.train.batch_size
+    lines = [
+        f"layout: {layout.family}, read as {layout.template!r}",
+        f"image: {settings.num_positions} codes ({grid[0]} x {grid[1]}) of {settings.num_codes}",
+        f"sequence: the prompt + {layout.length(0, grid)} tokens",
+        f"training: {images:,} images",
+    ]
+    if llm.text is not None:
+        lines.append(
+            f"text: {llm.text.rows} rows of {llm.text.length} tokens beside every {recipe.train.batch_size} images"
+        )
+    return lines

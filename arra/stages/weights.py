@@ -9,11 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from arra.errors import ArraError
-from arra.models import load_model, open_weights, save_model
+from arra.models import load_decoder, open_weights, save_model
+from arra.models.chameleon import is_chameleon
+from arra.models.chameleon_painter import ChameleonOptions
 from arra.models.fitting import Fitting, name_keys
 from arra.models.llamagen import SIZES, launch_hint, original_state, size_name, told_settings
 from arra.models.weights import Entry, Weights, read_weights
-from arra.runs import atomic_file, file_hash
+from arra.runs import atomic_file, atomic_write, file_hash
+from arra.stages.language_weights import (
+    export_language_model,
+    import_chameleon,
+    is_language_model,
+    reader_hint,
+)
+from arra.tokenizers.chameleon import original_vqgan_state, original_vqgan_yaml
 from arra.tokenizers.image import WEIGHTS_FILE, load_tokenizer, open_vq_weights
 from arra.tokenizers.weights import original_vq_state, vq_launch_hint
 
@@ -52,8 +61,15 @@ def import_weights(
     dtype: str | None = None,
     ignore: Sequence[str] = (),
     init_missing: Sequence[str] = (),
+    text_tokenizer: Path | None = None,
+    zero_image_head: bool | None = None,
+    layout: str | None = None,
+    template: str | None = None,
+    image_size: int | None = None,
 ) -> Done:
-    """A folder in our format, made of a checkpoint of LlamaGen's.
+    """A folder in our format, made of a checkpoint of LlamaGen's or of Chameleon's family.
+
+    The last five options are of language models.
 
     Raises:
         ArraError: the source is unreadable, of no known kind, does not fit, or does not tell its grid.
@@ -61,6 +77,24 @@ def import_weights(
     if (source / "model.json").is_file() or (source / WEIGHTS_FILE).is_file():
         raise ArraError(f"{source}: in arra's format already; use it as it is")
     _refuse_used(out)
+    of_language = {
+        "--text-tokenizer": text_tokenizer, "--zero-image-head": zero_image_head, "--layout": layout,
+        "--template": template, "--image-size": image_size,
+    }  # fmt: skip
+    if is_chameleon(source):
+        of_decoders = {"--size": size, "--num-heads": num_heads, "--init-missing": init_missing or None}
+        _refuse_options(of_decoders, f"{source}: a language model, whose files tell everything")
+        options = ChameleonOptions(
+            text_tokenizer=text_tokenizer,
+            zero_image_head=zero_image_head,
+            layout=layout,
+            template=template,
+            grid=None if grid is None else parse_grid(grid),
+            image_size=image_size,
+        )
+        rows = import_chameleon(source, out, options=options, dtype=_dtype(dtype), entry=entry, ignore=tuple(ignore))
+        return Done(out, rows)
+    _refuse_options(of_language, f"{source}: neither config.json of a Chameleon nor params.json of Meta's beside it")
     how = Fitting(_dtype(dtype), tuple(ignore), tuple(init_missing))
     weights = read_weights(source, entry=entry)
     known = _known(size, num_heads, grid)
@@ -69,6 +103,11 @@ def import_weights(
             raise ArraError(f"{source}: a VQ tokenizer, whose shapes tell everything; drop --size, --num-heads, --grid")
         return _import_tokenizer(weights, out, how)
     return _import_decoder(weights, out, known, how)
+
+
+def _refuse_options(options: Mapping[str, Any], because: str) -> None:
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ArraError(f"{because}; drop {', '.join(given)}")
 
 
 def _import_decoder(weights: Weights, out: Path, known: dict[str, Any], how: Fitting) -> Done:
@@ -139,6 +178,11 @@ def kind_of(weights: Weights) -> str:
     for kind, keys in SIGNS.items():
         if any(key in weights.state for key in keys[:2]):
             return kind
+    if "model.embed_tokens.weight" in weights.state or "embed_tokens.weight" in weights.state:
+        raise ArraError(
+            f"{weights.source}: a language model, but no config.json of a Chameleon beside it; others become painters "
+            "with arra init --llm FOLDER"
+        )
     roots = sorted({key.partition(".")[0] for key in weights.state})
     listed = name_keys(roots[:8]) or "nothing"
     expected = "; ".join(f"a {kind} has {', '.join(keys)}" for kind, keys in SIGNS.items())
@@ -146,17 +190,29 @@ def kind_of(weights: Weights) -> str:
 
 
 def export_weights(
-    folder: Path, out: Path, *, to: str = "llamagen", dtype: str = "float32", layout: str = "train"
+    folder: Path, out: Path, *, to: str | None = None, dtype: str | None = None, layout: str = "train"
 ) -> Done:
-    """A checkpoint file that LlamaGen's own scripts load, and what to tell them.
+    """A checkpoint that others' code loads, and how: LlamaGen's scripts, or for a language model `transformers` ("hf")
+    or Lumina-mGPT's ("lumina").
 
-    Layout "train" is {"model": state dict}, "fsdp" the bare state dict.
+    Layout "train" is {"model": state dict}, "fsdp" the bare state dict (LlamaGen alone). Without a dtype a language
+    model keeps its own, others become float32.
 
     Raises:
-        ArraError: LlamaGen could not run the model, or there is none in the folder.
+        ArraError: the other code could not run the model, or there is none in the folder.
     """
-    if to != "llamagen":
-        raise ArraError(f"--to {to}: unknown; expected llamagen")
+    if is_language_model(folder):
+        to = to or "hf"
+        rows, model_type = export_language_model(folder, out, to=to, dtype=_dtype(dtype))
+        return Done(out, rows, reader_hint(out, to=to, model_type=model_type))
+    dtype = dtype or "float32"
+    if to == "chameleon":
+        return _export_vqgan(folder, out, dtype)
+    if to not in (None, "llamagen"):
+        raise ArraError(
+            f"--to {to}: unknown; expected llamagen, for a language model hf or lumina, for Chameleon's tokenizer "
+            "chameleon"
+        )
     if layout not in ("train", "fsdp"):
         raise ArraError(f"--layout {layout}: unknown; expected train or fsdp")
     if out.is_dir() or not out.suffix:
@@ -172,7 +228,26 @@ def export_weights(
         ("layout", "a bare state dict" if layout == "fsdp" else '{"model": state dict}'),
         ("sha256", file_hash(out)),
     ]
-    return Done(out, rows, hint)
+    return Done(out, rows, f"for LlamaGen: {hint}")
+
+
+def _export_vqgan(folder: Path, out: Path, dtype: str) -> Done:
+    """A tokenizer as Meta's `vqgan.ckpt`, and its yaml beside it."""
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ArraError(f"{folder}: no image tokenizer in it; --to chameleon writes Chameleon's vqgan.ckpt")
+    out = out / "vqgan.ckpt" if out.is_dir() or not out.suffix else out
+    config = out.with_suffix(".yaml")
+    for path in (out, config):
+        if path.exists():
+            raise ArraError(f"{path}: exists already; name another file or delete it")
+    wide = _dtype(dtype)
+    assert wide is not None
+    network = load_tokenizer(folder).model
+    state = original_vqgan_state(network, wide, source=str(folder))
+    _save({"state_dict": state}, out)
+    atomic_write(config, original_vqgan_yaml(network.settings))
+    rows = [("tensors", f"{len(state)}, {dtype}"), ("configuration", str(config)), ("sha256", file_hash(out))]
+    return Done(out, rows, f"for Lumina-mGPT: its ckpts/chameleon/tokenizer/ takes {out.name} and {config.name}")
 
 
 def _original(folder: Path, out: Path, *, dtype: torch.dtype, bare: bool) -> tuple[dict[str, Tensor], str]:
@@ -182,7 +257,7 @@ def _original(folder: Path, out: Path, *, dtype: torch.dtype, bare: bool) -> tup
         return state, vq_launch_hint(network.settings, file=str(out))
     if not folder.is_dir():
         raise ArraError(f"{folder}: no such folder; expected a run, or a folder of a decoder or a tokenizer")
-    model = load_model(folder, dtype=None)
+    model = load_decoder(folder, dtype=None)
     state = original_state(model, dtype, source=str(folder))
     return state, launch_hint(model.settings, file=str(out), bare=bare)
 

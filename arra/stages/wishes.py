@@ -16,7 +16,7 @@ from arra.config import TextEncoderSection
 from arra.encoders.text import load_text_encoder
 from arra.encoders.text_cleaning import caption_text
 from arra.errors import ArraError
-from arra.models import Decoder
+from arra.models import CausalLM, Decoder, Painter
 
 LABEL_NUMBERS = re.compile(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*")
 
@@ -57,7 +57,7 @@ def read_asked(prompts: Sequence[str], file: Path | None, labels: Sequence[str])
 
 
 def make_wishes(
-    model: Decoder,
+    model: Painter,
     prompts: Sequence[str],
     labels: Sequence[str],
     *,
@@ -75,16 +75,18 @@ def make_wishes(
 
 
 def prompt_wishes(
-    model: Decoder, prompts: Sequence[str], *, section: TextEncoderSection | None = None, folder: Path | None = None
+    model: Painter, prompts: Sequence[str], *, section: TextEncoderSection | None = None, folder: Path | None = None
 ) -> Wishes:
     """Wishes of prompts; a model that is given caption features has them made by its text encoder, found in `folder`.
 
     Raises:
         ArraError: the model takes no prompts, one does not fit, or the text encoder is missing or another one.
     """
-    if model.settings.condition == "class":
+    if isinstance(model, Decoder) and model.settings.condition == "class":
         raise ArraError(f"--prompt: this model paints classes; give --label, one of {_range(model)}")
     facts = [{"prompt": prompt} for prompt in prompts]
+    if isinstance(model, CausalLM):  # it says itself what does not fit
+        return Wishes(list(prompts), facts)
     if model.settings.condition == "text":
         check_prompts(model, prompts)
         return Wishes(list(prompts), facts)
@@ -122,13 +124,13 @@ def prompt_wishes(
     return Wishes(list(prompts), facts, captions=(said.features[:, :slots], said.mask[:, :slots]))
 
 
-def label_wishes(model: Decoder, asked: Sequence[str]) -> Wishes:
+def label_wishes(model: Painter, asked: Sequence[str]) -> Wishes:
     """Wishes of classes, each a number, a range of numbers as 0-9, or a name.
 
     Raises:
         ArraError: the model has no classes, or no such class.
     """
-    if model.settings.condition != "class":
+    if isinstance(model, CausalLM) or model.settings.condition != "class":
         raise ArraError(f"--label: this model is conditioned on {model.settings.condition}; give --prompt")
     names = model.about.get("class_names")
     count = model.settings.num_classes

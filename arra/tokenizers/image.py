@@ -20,7 +20,8 @@ from arra.models.fitting import Fitting
 from arra.models.hub import Description, FromHub
 from arra.models.weights import Entry, Weights, read_weights
 from arra.runs import atomic_file, atomic_write, file_hash
-from arra.tokenizers.vq import VQModel, VQSettings
+from arra.tokenizers.chameleon import WANTED, build_chameleon, codes_hash, vqgan_in, vqgan_part
+from arra.tokenizers.vq import NO_DECODER, VQModel, VQSettings
 from arra.tokenizers.weights import build_vq, describe_tokenizer, infer_vq_settings, vq_settings
 
 WEIGHTS_FILE, CARD_FILE = "tokenizer.safetensors", "tokenizer.json"
@@ -29,7 +30,11 @@ EMBEDDED = "openmoji-vq4"
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llamagen-vq16": {"ch_mult": (1, 1, 2, 2, 4)},
     "llamagen-vq8": {"ch_mult": (1, 2, 2, 4)},
+    "chameleon": {"num_codes": 8192, "code_dim": 256, "normalize": False, "attention_levels": ()},
 }
+"""Fields of `VQSettings` of the published tokenizers; their weights come apart."""
+ANY_SIZE = ("llamagen", "chameleon")
+"""Names that take every size from the weights."""
 
 
 class ImageTokenizer(FromHub):
@@ -81,13 +86,15 @@ class ImageTokenizer(FromHub):
         """Pictures of codes.
 
         Raises:
-            ArraError: a code is outside the codebook.
+            ArraError: a code is outside the codebook, or the tokenizer has no decoder.
         """
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.num_codes):
             raise ArraError(
                 f"tokenizer {self.name}: codes {codes.min()}..{codes.max()} are outside 0..{self.num_codes - 1}; "
                 "they come from another tokenizer"
             )
+        if not self.model.settings.has_decoder:
+            raise ArraError(f"tokenizer {self.name}: {NO_DECODER}")
         return torch.cat([to_uint8(self.model.decode(part)) for part in codes.split(batch_size)])
 
     def save(self, folder: Path, *, half: bool = False) -> None:
@@ -112,8 +119,11 @@ class ImageTokenizer(FromHub):
         return load_tokenizer(folder, **options)
 
     @classmethod
-    def _read_file(cls, file: Path, **options: Any) -> "ImageTokenizer":
-        return load_tokenizer("llamagen", weights=file, **options)
+    def _read_file(cls, file: Path, *, entry: Entry = "model", **options: Any) -> "ImageTokenizer":
+        how = Fitting(ignore=tuple(options.pop("ignore", ())), init_missing=tuple(options.pop("init_missing", ())))
+        weights = read_weights(file, entry=entry)
+        name = "llamagen" if vqgan_part(weights) is None else "chameleon"
+        return open_vq_weights(weights, known=options, how=how, name=name)
 
     def _describe(self) -> Description:
         return describe_tokenizer(self.model, self.name, self.about)
@@ -130,10 +140,11 @@ def load_tokenizer(
 ) -> ImageTokenizer:
     """An image tokenizer in eval mode, in float32.
 
-    `name` is "openmoji-vq4" (ships with the package), "llamagen-vq16", "llamagen-vq8", "llamagen" (every size from the
-    weights) or a folder: one made by `save`, or LlamaGen's own (config.json and weights). `weights` is the checkpoint
-    of the LlamaGen names, `entry` the weights to take from it; keys that match `ignore` are left out, missing ones
-    that match `init_missing` get initial weights; other arguments are fields of `VQSettings`.
+    `name` is "openmoji-vq4" (ships with the package), "llamagen-vq16", "llamagen-vq8", "llamagen" or "chameleon" (every
+    size from the weights), or a folder: one made by `save`, LlamaGen's own (config.json and weights), or one that holds
+    `vqgan.ckpt`. `weights` is the checkpoint of the published names, for Chameleon also its folder or a language
+    model's; `entry` the weights to take from it; keys that match `ignore` are left out, missing ones that match
+    `init_missing` get initial weights; other arguments are fields of `VQSettings`.
 
     Raises:
         ArraError: an unknown name, weights that are missing, damaged or do not fit.
@@ -143,44 +154,75 @@ def load_tokenizer(
         tokenizer = _load_folder(Path(str(resources.files("arra.tokenizers") / EMBEDDED)), how)
         tokenizer.name = EMBEDDED
         return tokenizer
-    folder = Path(name)
-    if folder.is_dir():
-        if (folder / "config.json").is_file() and not (folder / CARD_FILE).is_file():
-            return open_vq_weights(read_weights(folder, entry=entry), known=settings, how=how)
-        return _load_folder(folder, how)
-    if name not in (*PUBLISHED, "llamagen"):
-        known = ", ".join([EMBEDDED, "llamagen", *PUBLISHED])
+    folder, known_names = Path(name), (*PUBLISHED, *ANY_SIZE)
+    if folder.is_dir() and not (name in known_names and weights is not None):
+        source = vqgan_in(folder)
+        is_foreign = source != folder or (folder / "config.json").is_file()
+        if (folder / WEIGHTS_FILE).is_file() or not is_foreign:  # a language model's folder has a tokenizer.json too
+            return _load_folder(folder, how)
+        return open_vq_weights(read_weights(source, entry=entry), known=settings, how=how)
+    if name not in known_names:
+        known = ", ".join(dict.fromkeys([EMBEDDED, "llamagen", *PUBLISHED]))
         raise ArraError(f"tokenizer '{name}': neither a folder nor a known name; known are {known}")
     if weights is None:
         raise ArraError(
             f"tokenizer '{name}': its weights do not come with the package; give the file as weights=PATH "
             "(--weights or --tokenizer-weights on the command line, tokenizer.weights in a recipe)"
         )
-    known_settings = {**PUBLISHED.get(str(name), {}), **settings}
-    return open_vq_weights(read_weights(weights, entry=entry), known=known_settings, how=how, name=str(name))
+    sizes = {} if name in ANY_SIZE else PUBLISHED[str(name)]
+    source = vqgan_in(Path(weights)) if name == "chameleon" else Path(weights)
+    return open_vq_weights(read_weights(source, entry=entry), known={**sizes, **settings}, how=how, name=str(name))
 
 
 def open_vq_weights(
     weights: Weights, *, known: dict[str, Any], how: Fitting, name: str | None = None
 ) -> ImageTokenizer:
-    """A tokenizer in eval mode from weights in LlamaGen's names; `about` says where they come from.
+    """A tokenizer in eval mode from weights in LlamaGen's names or Meta's; `about` says where they come from.
 
     Without a name it gets that of the published tokenizer of its shape, or of the source.
 
     Raises:
         ArraError: they are no VQ tokenizer's, or do not fit the settings.
     """
+    if name == "chameleon" or (name is None and vqgan_part(weights) is not None):
+        return _open_chameleon(weights, known=known, how=how, name=name)
     source = str(weights.source)
     if weights.config.get("codebook_l2_norm") is False:
         raise ArraError(
-            f"{source}: codebook_l2_norm is false in its config.json; tokenizers here compare normalised vectors only"
+            f"{source}: codebook_l2_norm is false in its config.json; LlamaGen's tokenizers are read here with "
+            "normalised vectors only"
         )
     fields = infer_vq_settings(weights.state, source=source, known=known)
     model, left = build_vq(weights, vq_settings(source, fields), how)
-    published = {VQSettings(**shape): known_name for known_name, shape in PUBLISHED.items()}
-    name = name or published.get(model.settings) or weights.source.name.partition(".")[0]
+    name = name or _published_name(model.settings) or weights.source.name.partition(".")[0]
     origin = weights.facts() | left.facts()
     return ImageTokenizer(model, name=name, weights_hash=file_hash(weights.files[0]), about={"origin": origin})
+
+
+def _open_chameleon(weights: Weights, *, known: dict[str, Any], how: Fitting, name: str | None) -> ImageTokenizer:
+    """A tokenizer from weights in Meta's names.
+
+    Its codes are told by the tensors that make them: several files hold the same encoder, some among the many shards of
+    a language model.
+    """
+    part = vqgan_part(weights)
+    if part is None:
+        raise ArraError(
+            f"{weights.source}: no Chameleon tokenizer inside (no encoder.down); pass {WANTED}, or name a folder that "
+            "arra saved in place of 'chameleon'"
+        )
+    model, left = build_chameleon(part, known, how)
+    name = name or _published_name(model.settings) or weights.source.name.partition(".")[0]
+    own = codes_hash(model)
+    about = {"origin": part.facts() | left.facts(), "codes_of": {"tokenizer": "chameleon", "weights": own}}
+    weights_hash = file_hash(part.files[0]) if model.settings.has_decoder else own
+    return ImageTokenizer(model, name=name, weights_hash=weights_hash, about=about)
+
+
+def _published_name(settings: VQSettings) -> str | None:
+    """The published tokenizer of this shape, also where this is its encoder half."""
+    shapes = {VQSettings(**shape): name for name, shape in PUBLISHED.items()}
+    return shapes.get(settings.model_copy(update={"has_decoder": True}))
 
 
 def _load_folder(folder: Path, how: Fitting) -> ImageTokenizer:

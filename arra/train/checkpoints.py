@@ -33,7 +33,7 @@ def save_checkpoint(folder: Path, *, step: int, seconds: float, tensors: dict[st
     weights = folder / f"step-{step:07d}.safetensors"
     with atomic_file(weights) as path:
         try:
-            safetensors.torch.save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
+            safetensors.torch.save_file(_apart(tensors), path)
         except safetensors.SafetensorError as error:  # how the library tells a full disk
             raise ArraError(f"{weights}: cannot be written ({error}); free space and run again to continue") from error
     card = {"step": step, "seconds": seconds, "sha256": file_hash(weights)}
@@ -41,6 +41,17 @@ def save_checkpoint(folder: Path, *, step: int, seconds: float, tensors: dict[st
     for old in sorted(folder.glob("step-*.json"))[:-keep]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each in memory of its own: the format holds no sharing (8-bit optimisers share their tables)."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().contiguous()
+        apart[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return apart
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -59,9 +70,9 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
-    """The optimiser's state by parameter name: `optimizer.NAME.exp_avg`, ..."""
+    """The optimiser's state by parameter name: `optimizer.NAME.exp_avg`, ...; a whole number is an int64 scalar."""
     return {
-        f"optimizer.{name}.{key}": value
+        f"optimizer.{name}.{key}": torch.tensor(value) if isinstance(value, int) else value
         for parameter, name in names.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -81,5 +92,8 @@ def restore_optimizer(
             # scalars (AdamW's step count) lie where a fresh optimiser holds them: beside a fused one's parameters
             beside = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
             optimizer.state[parameter] = {
-                key: value.to(parameter.device if value.dim() else beside, copy=True) for key, value in state.items()
+                key: int(value)
+                if value.dtype == torch.int64 and not value.dim()
+                else value.to(parameter.device if value.dim() else beside, copy=True)
+                for key, value in state.items()
             }

@@ -9,44 +9,57 @@ Legend: B batch, P image positions.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from arra.align import Alignment
-from arra.data.batches import Batches, TrainBatch, mix
-from arra.models import Decoder
+from arra.data.batches import TrainBatch, mix
+from arra.models import Decoder, Painter
+from arra.models.head import head_losses
 from arra.runs import Run
 from arra.train.checkpoints import newest_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from arra.train.interrupt import TrainingInterrupted, interruptible
-from arra.train.objective import Losses, compute_losses, next_token_losses
+from arra.train.objective import Losses, compute_losses
 from arra.train.optimizer import clip_gradients, learning_rate, make_optimizers
 from arra.train.settings import TrainSettings
 
 
+@runtime_checkable
+class Steps(Protocol):
+    """The training data: a batch for every step."""
+
+    def batch(self, step: int) -> TrainBatch:
+        """The batch of a step, counted from 0."""
+        ...
+
+
 @dataclass
 class Trainer:
-    """Model, optimiser and position of one run."""
+    """Model, optimiser and position of one run; what of the model does not require gradients stays as it is."""
 
-    model: Decoder
+    model: Painter
     alignment: Alignment | None
-    batches: Batches
+    batches: Steps
     validation: Sequence[TrainBatch]
     settings: TrainSettings
     run: Run
-    preview: Callable[[Decoder, int], None] | None = None
+    preview: Callable[[Painter, int], None] | None = None
     """Called as preview(model, step); must leave model and random state as they are."""
     watch: Callable[[dict[str, Any]], None] | None = None
     """Called with every row of the metrics."""
+    text_validation: Sequence[TrainBatch] = ()
+    """Rows of text on which it is watched whether a language model keeps its language."""
 
     def __post_init__(self) -> None:
         self.step, self.seconds = 0, 0.0
         self.device = self.model.device
-        self.parameters = dict(self.model.named_parameters())
-        self.constants = {n: v for n, v in self.model.state_dict(keep_vars=True).items() if n not in self.parameters}
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        saved = self.model.state_dict().keys()
+        self.constants = {name: value for name, value in self.model.named_buffers() if name in saved}
         """What is saved with the model and not trained: the null caption."""
         self.projector = dict(self.alignment.named_parameters()) if self.alignment is not None else {}
         self.names: dict[nn.Parameter, str] = {p: f"model.{n}" for n, p in self.parameters.items()}
@@ -98,18 +111,25 @@ class Trainer:
         return losses, grad_norm
 
     def accumulate(self, batch: TrainBatch) -> Losses:
-        """Gradients of the batch's mean losses, over micro-batches weighted by their share of the rows."""
+        """Gradients of the batch's mean losses, in which every label and picture counts once, in any micro-batch."""
         size, rows = self.settings.micro_batch_size or len(batch.tokens), len(batch.tokens)
+        counts = {"num_tokens": int(batch.labelled.sum()), "num_images": int(batch.predicting.any(1).sum())}
         sums: list[Tensor] = []
         for start in range(0, rows, size):
             part = move(select(batch, slice(start, start + size)), self.model)
-            losses = compute_losses(self.model, part, self.alignment, z_weight=self.settings.z_weight)
-            share = len(part.tokens) / rows
-            (losses.total * share).backward()
+            with self.narrowed():
+                losses = compute_losses(self.model, part, self.alignment, z_weight=self.settings.z_weight, **counts)
+            losses.total.backward()
             gva = losses.gva if losses.gva is not None else losses.total.new_tensor(math.nan)
-            sums.append(torch.stack([losses.total, losses.ntp, losses.z, gva]).detach() * share)
+            sums.append(torch.stack([losses.total, losses.ntp, losses.z, gva]).detach())
         total, ntp, z, gva = torch.stack(sums).sum(0)
         return Losses(total, ntp, z, None if self.alignment is None else gva)
+
+    def narrowed(self) -> AbstractContextManager[object]:
+        """A block in which products are computed in the type that the settings ask for."""
+        if self.settings.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def after_step(self, losses: Losses, grad_norm: float) -> None:
         """Logs, validates, previews and saves when it is time to; never changes what is trained."""
@@ -131,9 +151,11 @@ class Trainer:
                 }
             )
         if self.validation and (self.step % s.validate_every_steps == 0 or last):
-            with self.averaged():
-                ntp = validation_loss(self.model, self.validation)
-            row = {"kind": "validation", "step": self.step, "seconds": round(self.seconds, 3), "ntp_loss": ntp}
+            row = {"kind": "validation", "step": self.step, "seconds": round(self.seconds, 3)}
+            with self.averaged(), self.narrowed():
+                row["ntp_loss"] = validation_loss(self.model, self.validation)
+                if self.text_validation:
+                    row["text_loss"] = validation_loss(self.model, self.text_validation)
             self.log(row)
         if self.preview and s.preview_every_steps and (self.step % s.preview_every_steps == 0 or last):
             with self.averaged():
@@ -198,15 +220,16 @@ class Trainer:
 
 
 @torch.no_grad()
-def validation_loss(model: Decoder, batches: Sequence[TrainBatch]) -> float:
-    """Nats per code over all batches, each code counted once; the model's mode is left as it was."""
+def validation_loss(model: Painter, batches: Sequence[TrainBatch]) -> float:
+    """Nats per code, or per token of text, over all batches, each counted once; the model's mode is left as it was."""
     training = model.training
     model.eval()
     total, count = 0.0, 0
     for batch in batches:
         batch = move(batch, model)
         hidden = model(batch.tokens[:, :-1], **batch.inputs()).last_hidden
-        losses, _ = next_token_losses(model, hidden, batch)
+        counted = batch.predicting if bool(batch.predicting.any()) else batch.labelled
+        losses, _ = head_losses(hidden[counted], model.lm_head, batch.labels[:, 1:][counted])
         total, count = total + losses.double().sum().item(), count + len(losses)
     model.train(training)
     return total / count
@@ -217,10 +240,12 @@ def select(batch: TrainBatch, rows: slice) -> TrainBatch:
     return on_each_part(batch, lambda part: part[rows])
 
 
-def move(batch: TrainBatch, model: Decoder) -> TrainBatch:
+def move(batch: TrainBatch, model: Painter) -> TrainBatch:
     """The batch where the model is, caption features in the model's type."""
     moved = on_each_part(batch, lambda part: part.to(model.device))
-    return moved if moved.caption is None else replace(moved, caption=moved.caption.to(model.norm.weight.dtype))
+    if moved.caption is None or not isinstance(model, Decoder):
+        return moved
+    return replace(moved, caption=moved.caption.to(model.norm.weight.dtype))
 
 
 def on_each_part(batch: TrainBatch, change: Callable[[Tensor], Tensor]) -> TrainBatch:

@@ -1,15 +1,18 @@
-"""Optimisers and the learning rate: AdamW for all, or Muon for the matrices inside the blocks and AdamW for the rest.
+"""Optimisers and the learning rate: AdamW for all, in 8 bits if asked, or Muon for the blocks' matrices beside AdamW.
 
 Legend: M N sides of a matrix, G matrices of one shape.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from arra.errors import ArraError
+from arra.models.adapters import load_bitsandbytes
 from arra.train.settings import TrainSettings
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -75,7 +78,8 @@ def make_optimizers(parameters: dict[str, nn.Parameter], settings: TrainSettings
     """The optimisers of named parameters; weight decay falls on tensors of two or more dimensions only.
 
     With "muon" the matrices inside the blocks (`.layers.` in their names) are Muon's; embeddings, head, norms and the
-    projector stay with AdamW.
+    projector stay with AdamW. With "adamw8bit" AdamW's two moments take a byte each, but for small tensors.
+    Raises: ArraError when the 8-bit optimiser's library is missing or cannot run on the parameters' device.
     """
     s = settings
     inner = {name for name, p in parameters.items() if s.optimizer == "muon" and p.dim() == 2 and ".layers." in name}
@@ -84,12 +88,31 @@ def make_optimizers(parameters: dict[str, nn.Parameter], settings: TrainSettings
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": s.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if s.optimizer == "adamw8bit":
+        return [_eight_bit_adamw(groups, s)]
     fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in rest)
     adamw = torch.optim.AdamW(groups, s.learning_rate, s.betas, eps=1e-8, fused=fused)
     if not inner:
         return [adamw]
     matrices = [parameters[name] for name in parameters if name in inner]
     return [Muon(matrices, s.learning_rate, momentum=s.muon_momentum, weight_decay=s.weight_decay), adamw]
+
+
+def _eight_bit_adamw(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW: moments quantised in blocks of 256; tensors below 4,096 elements keep float32 ones.
+
+    Source: Dettmers et al. 2021, arXiv 2110.02861.
+    """
+    devices = {p.device.type for group in groups for p in group["params"]}
+    if not devices <= set(FUSED_DEVICES):
+        raise ArraError(
+            f"train.optimizer: adamw8bit runs on {' and '.join(FUSED_DEVICES)}, not on {', '.join(sorted(devices))}; "
+            "use adamw"
+        )
+    optim = load_bitsandbytes("train.optimizer: adamw8bit").optim
+    groups = [group for group in groups if group["params"]]  # it takes no empty ones
+    adamw: torch.optim.Optimizer = optim.AdamW8bit(groups, settings.learning_rate, settings.betas, eps=1e-8)
+    return adamw
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> float:

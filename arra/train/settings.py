@@ -35,8 +35,9 @@ class TrainSettings(Settings):
     batch_size: int = Field(32, gt=0)
     micro_batch_size: int | None = Field(None, gt=0)
     """Rows per forward pass; null is the whole batch. The result is the same up to rounding."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised momentum for the matrices inside the blocks, AdamW for everything else."""
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"
+    """muon: orthogonalised momentum for the matrices inside the blocks, AdamW for everything else; adamw8bit: AdamW
+    whose two moments take a byte each (extra 'lean')."""
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     learning_rate: float = Field(2e-3, gt=0)
     warmup_steps: int = Field(50, ge=0)
@@ -63,6 +64,11 @@ class TrainSettings(Settings):
     threads: int | None = Field(None, gt=0)
     """CPU threads of the process; null leaves torch's choice. Another number may round differently."""
     device: str = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward pass of a language model; what is trained stays float32."""
+    recompute: bool = False
+    """Keep only what enters each block and compute the rest again in the backward pass: a third more time, a fraction
+    of the memory."""
     log_every_steps: int = Field(10, gt=0)
     validate_every_steps: int = Field(100, gt=0)
     preview_every_steps: int | None = Field(None, gt=0)

@@ -231,7 +231,7 @@ class TokenizerTrainer:
         flat = vectors.permute(0, 2, 3, 1).flatten(0, 2)
         picked = flat[torch.randint(len(flat), (len(dead),), generator=generator).to(flat.device)]
         noise = 0.05 * torch.randn(picked.shape, generator=generator).to(flat.device)
-        rows = F.normalize(F.normalize(picked, dim=1) + noise, dim=1)
+        rows = self.model.quantize.beside(picked, noise)
         self.model.quantize.embedding.weight.data[dead] = rows
         self.average["quantize.embedding.weight"][dead] = rows
 

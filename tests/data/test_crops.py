@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from arra.data.crops import Crop, CropSettings, Draw, choose_bucket, crop_sizes, describe
-from arra.data.images import center_crop, middle
+from arra.data.images import center_crop, cover, cover_size, middle
 from arra.errors import ArraError
 
 with np.load(Path(__file__).parent.parent / "golden" / "arra" / "crop.npz") as stored:
@@ -222,7 +222,7 @@ def test_buckets_are_luminas(target: int, count: int) -> None:
     assert [crop.sides(int(width), int(height)) for width, height in GOLD["picture_sides"]] == chosen
 
 
-@pytest.mark.parametrize("case", [0, 3, 4, 8, 10])
+@pytest.mark.parametrize("case", range(11))
 def test_bucket_pixels_are_luminas(case: int) -> None:
     crop = Crop(CropSettings(kind="buckets", patch=16), 64)
     np.testing.assert_array_equal(crop.buckets, GOLD["toy_crop_size_list_target64_patch16"])
@@ -236,6 +236,45 @@ def test_oblong_crops_are_the_references(case: int, off_by: int) -> None:
     width, height = (int(side) for side in GOLD[f"crop_{case}"])
     found = middle(Image.fromarray(GOLD[f"in_{case}"]), width=width, height=height)
     assert np.abs(found.astype(int) - GOLD[f"center_crop_{case}"]).max() <= off_by
+
+
+@pytest.mark.parametrize("case", range(11))
+def test_the_whole_that_a_crop_is_cut_from_is_luminas(case: int) -> None:
+    """Its random offset lies between the two ends; case 4 is tall, see above."""
+    image, (width, height) = Image.fromarray(GOLD[f"in_{case}"]), (int(side) for side in GOLD[f"crop_{case}"])
+    whole = cover(image, width=width, height=height)
+    far = whole.width - width, whole.height - height
+    assert far == tuple(GOLD[f"lumina_offset_range_{case}"])
+    assert whole.size == cover_size(image.size, width=width, height=height)
+    for (left, top), name in (((0, 0), "low"), (far, "high")):
+        found = np.asarray(whole.crop((left, top, left + width, top + height))).astype(int)
+        assert np.abs(found - GOLD[f"lumina_center_crop_{name}_{case}"]).max() <= (case == 4)
+
+
+@pytest.mark.parametrize("case", range(11))
+def test_nothing_is_padded(case: int) -> None:
+    """ARRA pads pictures to a square when it paints, and not when it trains: one and the same crop here, as trained.
+
+    Padded first by hand, ours is theirs, so the border is all the difference.
+    """
+    image, (width, height) = Image.fromarray(GOLD[f"in_{case}"]), (int(side) for side in GOLD[f"crop_{case}"])
+    side = max(image.size)
+    square = Image.new("RGB", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    theirs = GOLD[f"center_resize_{case}"]
+    np.testing.assert_array_equal(middle(square, width=width, height=height), theirs)
+    crop = Crop(CropSettings(), width)
+    if width == height:
+        ours = crop.views(image)[0]
+        assert (ours == theirs).all() == (image.width == image.height)
+    white = Image.new("RGB", image.size, "white")
+    assert crop.views(white).min() == 255
+
+
+def test_arras_crop_for_training() -> None:
+    """512 pixels whatever the target, of a picture of 64 x 48."""
+    found = center_crop(Image.fromarray(GOLD["in_1"]), 512)
+    np.testing.assert_array_equal(found[::16, ::16], GOLD["arra_var_center_crop_1_every16"])
 
 
 def test_buckets_scale_with_the_encoders_area() -> None:

@@ -112,6 +112,13 @@ def test_modes_agree_with_the_reference(mode: str, off_by: int) -> None:
     assert np.abs(difference).max() <= off_by
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA_opaque", "CMYK"])
+def test_conversion_before_or_after_the_crop_is_the_same_where_nothing_is_transparent(mode: str) -> None:
+    raw = GOLD[f"mode_{mode}_in"]
+    image = Image.frombytes(mode.removesuffix("_opaque"), (raw.shape[1], raw.shape[0]), raw.tobytes())
+    np.testing.assert_array_equal(center_crop(to_rgb(image), 16), GOLD[f"mode_{mode}_crop_rgb"])
+
+
 def test_palette_agrees_with_the_reference() -> None:
     raw = GOLD["mode_P_in"]
     image = Image.frombytes("P", (raw.shape[1], raw.shape[0]), raw.tobytes())

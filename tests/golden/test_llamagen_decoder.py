@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arra.models import load_model
+from arra.models import load_decoder
 from arra.models.blocks import attention_mask, rotary_table
 from arra.models.decoder import Condition, Decoder, left_padded
 from arra.sample.generate import paint
@@ -26,13 +26,13 @@ def arrays(name: str) -> dict[str, Tensor]:
 
 @pytest.fixture
 def c2i() -> tuple[Decoder, dict[str, Tensor]]:
-    model = load_model("llamagen", weights=FOLDER / "c2i_tiny.pt", num_heads=4, grid=(4, 4), **NO_DROPOUT)
+    model = load_decoder("llamagen", weights=FOLDER / "c2i_tiny.pt", num_heads=4, grid=(4, 4), **NO_DROPOUT)
     return model, arrays("c2i_tiny")
 
 
 @pytest.fixture
 def t2i() -> tuple[Decoder, dict[str, Tensor]]:
-    model = load_model("llamagen", weights=FOLDER / "t2i_tiny.pt", num_heads=4, grid=(4, 4), **NO_DROPOUT)
+    model = load_decoder("llamagen", weights=FOLDER / "t2i_tiny.pt", num_heads=4, grid=(4, 4), **NO_DROPOUT)
     return model, arrays("t2i_tiny")
 
 
@@ -107,6 +107,7 @@ def greedy(model: Decoder, condition: Condition, **guidance: Any) -> tuple[Tenso
         codes = paint(
             model,
             condition,
+            grid=model.settings.grid,
             keys=draw_keys([0] * len(condition), model.settings.num_positions),
             settings=SamplingSettings(temperature=0, **guidance),
             watch=lambda index, logits: seen.append(logits),
@@ -189,8 +190,8 @@ def test_t2i_generation(t2i: Any, name: str, cfg_scale: float, masked: bool) -> 
 def test_checkpoint_styles(style: str) -> None:
     # the FSDP file carries a stray rotary table, from which heads and grid can be told
     known: dict[str, Any] = {} if style == "fsdp" else {"num_heads": 2, "grid": (2, 2)}
-    model = load_model("llamagen", weights=FOLDER / f"ckpt_{style}_style.pt", **known)
-    reference = load_model("llamagen", weights=FOLDER / "ckpt_fsdp_style.pt")
+    model = load_decoder("llamagen", weights=FOLDER / f"ckpt_{style}_style.pt", **known)
+    reference = load_decoder("llamagen", weights=FOLDER / "ckpt_fsdp_style.pt")
     assert model.settings == reference.settings
     assert (model.settings.num_heads, model.settings.grid, model.settings.num_classes) == (2, (2, 2), 3)
     state = model.state_dict()
@@ -202,7 +203,7 @@ def test_checkpoint_styles(style: str) -> None:
 def test_ema_entry() -> None:
     path = FOLDER / "ckpt_train_style.pt"
     known: dict[str, Any] = {"num_heads": 2, "grid": (2, 2)}
-    model = load_model("llamagen", weights=path, **known)
-    ema = load_model("llamagen", weights=path, entry="ema", **known)
+    model = load_decoder("llamagen", weights=path, **known)
+    ema = load_decoder("llamagen", weights=path, entry="ema", **known)
     for ours, averaged in zip(model.state_dict().values(), ema.state_dict().values(), strict=True):
         assert torch.equal(averaged, ours * 0.5)

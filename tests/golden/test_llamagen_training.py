@@ -11,7 +11,7 @@ from torch import Tensor
 from arra.align import Alignment
 from arra.data.batches import Batches, InMemory, TrainBatch, make_batch
 from arra.data.conditions import CaptionConditions, ClassConditions, Prefix
-from arra.models import Decoder, load_model
+from arra.models import Decoder, load_decoder
 from arra.runs import Run
 from arra.train.loop import Trainer, select
 from arra.train.objective import compute_losses
@@ -34,7 +34,7 @@ RECIPE: dict[str, Any] = {
 
 
 def golden(name: str) -> tuple[Decoder, dict[str, Tensor]]:
-    model = load_model("llamagen", weights=FOLDER / f"{name}.pt", num_heads=4, grid=(4, 4), **NO_DROPOUT)
+    model = load_decoder("llamagen", weights=FOLDER / f"{name}.pt", num_heads=4, grid=(4, 4), **NO_DROPOUT)
     with np.load(FOLDER / f"{name}.npz") as stored:
         return model, {key: torch.from_numpy(np.asarray(stored[key])) for key in stored.files}
 

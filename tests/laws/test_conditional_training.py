@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arra.data.batches import Batches, HeldOutBatches, InMemory
 from arra.data.conditions import CaptionConditions, ClassConditions, Conditions
-from arra.models import Decoder, DecoderSettings, load_model, save_model
+from arra.models import Decoder, DecoderSettings, load_decoder, save_model
 from arra.runs import Run
 from arra.train.alignment import build_alignment
 from arra.train.loop import Trainer
@@ -85,10 +85,11 @@ def test_the_saved_model_is_a_decoder_and_no_more(kind: str, tmp_path: Path) -> 
     trainer.train()
     save_model(trainer.model, tmp_path / "run")
     saved = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
+    assert isinstance(trainer.model, Decoder)
     assert set(saved) == set(Decoder(trainer.model.settings).state_dict())
     kept = safetensors.torch.load_file(next((tmp_path / "run" / "checkpoints").glob("*8.safetensors")))
     assert any(name.startswith("align.projector") for name in kept)
-    again = load_model(tmp_path / "run")
+    again = load_decoder(tmp_path / "run")
     assert different(trainer.model.state_dict(), again.state_dict()) == []
     assert again.settings == trainer.model.settings
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from arra.data.batches import Batches, InMemory, text_batch
 from arra.data.conditions import TextConditions
 from arra.errors import ArraError
-from arra.models import Decoder, DecoderSettings
+from arra.models import Decoder, DecoderSettings, Painter
 from arra.runs import Run
 from arra.sample.generate import generate
 from arra.train.alignment import build_alignment
 from arra.train.checkpoints import newest_checkpoint, restore_optimizer, save_checkpoint
 from arra.train.interrupt import TrainingInterrupted, interruptible
-from arra.train.loop import Trainer, validation_loss
+from arra.train.loop import Steps, Trainer, validation_loss
 from arra.train.optimizer import learning_rate
 from arra.train.settings import AlignSettings, TrainSettings
 
@@ -65,7 +65,8 @@ def make_batches(batch_size: int = 6, features: Tensor | None = None) -> Batches
     )
 
 
-def held(batches: Batches) -> InMemory:
+def held(batches: Steps) -> InMemory:
+    assert isinstance(batches, Batches)
     assert isinstance(batches.pictures, InMemory)
     return batches.pictures
 
@@ -74,7 +75,7 @@ def make_trainer(
     path: Path,
     *,
     align: AlignSettings | None = ALIGN,
-    preview: Callable[[Decoder, int], None] | None = None,
+    preview: Callable[[Painter, int], None] | None = None,
     validate: bool = True,
     dropout: float = 0.1,
     features: Tensor | None = None,
@@ -185,6 +186,7 @@ def test_micro_batches_are_the_whole_batch(size: int, tmp_path: Path) -> None:
         make_trainer(tmp_path / "b", micro_batch_size=size, **options),
     )
     for trainer in (whole, parts):
+        assert isinstance(trainer.model, Decoder)
         nn.init.normal_(trainer.model.output.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     losses = [trainer.accumulate(trainer.batches.batch(0)) for trainer in (whole, parts)]
     for name in ("total", "ntp", "z", "gva"):
@@ -197,18 +199,18 @@ def test_micro_batches_are_the_whole_batch(size: int, tmp_path: Path) -> None:
         torch.testing.assert_close(other.grad, one.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def signal_at(step: int, number: int) -> Callable[[Decoder, int], None]:
-    def preview(model: Decoder, now: int) -> None:
+def signal_at(step: int, number: int) -> Callable[[Painter, int], None]:
+    def preview(model: Painter, now: int) -> None:
         if now == step:
             os.kill(os.getpid(), number)
 
     return preview
 
 
-def die_at(step: int) -> Callable[[Decoder, int], None]:
+def die_at(step: int) -> Callable[[Painter, int], None]:
     """The end without any saving, as by kill -9: the metrics of the step are written, its checkpoint is not."""
 
-    def preview(model: Decoder, now: int) -> None:
+    def preview(model: Painter, now: int) -> None:
         if now == step:
             raise SystemExit
 
@@ -295,7 +297,7 @@ def test_looking_changes_nothing(tmp_path: Path) -> None:
     """Validating, logging, painting and saving at every step, on averaged weights, trains the same model as none."""
     painted: list[int] = []
 
-    def preview(model: Decoder, step: int) -> None:
+    def preview(model: Painter, step: int) -> None:
         painted.append(step)
         generate(model, prompts=["ab"], seeds=[0])
         torch.rand(5)  # even this is no matter: every step seeds its own
@@ -411,6 +413,7 @@ def test_a_small_step_moves_a_weight(kind: str, tmp_path: Path) -> None:
     trainer = make_trainer(
         tmp_path / "run", optimizer=kind, learning_rate=2e-5, warmup_steps=0, schedule="constant", weight_decay=0.0
     )
+    assert isinstance(trainer.model, Decoder)
     nn.init.constant_(trainer.model.output.weight, 0.02)
     nn.init.normal_(trainer.model.output.weight[:4], std=0.02)  # so that a gradient flows back
     before = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arra.errors import ArraError
-from arra.models import load_model, save_model
+from arra.models import load_decoder, save_model
 from arra.models.decoder import Decoder, DecoderSettings
 from arra.models.llamagen import infer_settings, read_checkpoint
 from arra.tokenizers.text import train_text_tokenizer
@@ -39,15 +39,15 @@ def test_layouts(wrap: str | None, tmp_path: Path) -> None:
     state["layers.1.attention.kv_cache.v_cache"] = torch.zeros(2, 4, 8, 8)
     path = tmp_path / "weights.pt"
     torch.save({wrap: state, "steps": 3} if wrap else state, path)
-    same(load_model("llamagen", weights=path, **SHAPE), model)
+    same(load_decoder("llamagen", weights=path, **SHAPE), model)
 
 
 def test_fsdp_folder_and_safetensors(tmp_path: Path) -> None:
     model = make()
     torch.save(model.state_dict(), tmp_path / "consolidated.pth")
     save_file(model.state_dict(), tmp_path / "w.safetensors")
-    same(load_model("llamagen", weights=tmp_path, **SHAPE), model)
-    same(load_model("llamagen", weights=tmp_path / "w.safetensors", **SHAPE), model)
+    same(load_decoder("llamagen", weights=tmp_path, **SHAPE), model)
+    same(load_decoder("llamagen", weights=tmp_path / "w.safetensors", **SHAPE), model)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_shapes_tell_the_settings(changes: dict[str, Any]) -> None:
 def test_heads_that_cannot_be_told(tmp_path: Path) -> None:
     torch.save(make().state_dict(), tmp_path / "w.pt")
     with pytest.raises(ArraError, match=r"pass num_heads= \(and grid=, which is \(16, 16\)"):
-        load_model("llamagen", weights=tmp_path / "w.pt")
+        load_decoder("llamagen", weights=tmp_path / "w.pt")
 
 
 def test_published_sizes_tell_the_heads() -> None:
@@ -86,7 +86,7 @@ def test_missing_and_unexpected_keys_are_named(tmp_path: Path) -> None:
     state["output.weight"] = torch.zeros(16, 8)
     torch.save({"model": state}, tmp_path / "w.pt")
     with pytest.raises(ArraError) as caught:
-        load_model("llamagen", weights=tmp_path / "w.pt", **SHAPE)
+        load_decoder("llamagen", weights=tmp_path / "w.pt", **SHAPE)
     text = str(caught.value)
     assert "\n" not in text
     for word in ("missing layers.1.attention.wo.weight, norm.weight", "unexpected align_head.weight"):
@@ -127,7 +127,7 @@ def test_broken_files(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "plain.pt", entry="ema")
     torch.save({"discriminator.weight": torch.zeros(1)}, tmp_path / "vq.pt")
     with pytest.raises(ArraError, match="not a LlamaGen decoder"):
-        load_model("llamagen", weights=tmp_path / "vq.pt")
+        load_decoder("llamagen", weights=tmp_path / "vq.pt")
 
 
 @pytest.mark.parametrize("condition", ["class", "caption", "text"])
@@ -140,7 +140,7 @@ def test_save_and_load(condition: str, tmp_path: Path) -> None:
     if condition == "text":
         model.text_tokenizer = tokenizer
     folder = save_model(model, tmp_path / "deep" / "model")
-    again = load_model(folder)
+    again = load_decoder(folder)
     assert again.settings == model.settings
     assert not again.training
     same(again, model)
@@ -150,22 +150,22 @@ def test_save_and_load(condition: str, tmp_path: Path) -> None:
         codes = torch.zeros(1, 2, 3, dtype=torch.int64)
         assert torch.equal(model.logits(codes, prompts=["red"]), again.logits(codes, prompts=["red"]))
     save_model(again, folder)
-    same(load_model(str(folder)), model)
+    same(load_decoder(str(folder)), model)
 
 
 def test_folders_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(ArraError, match=r"no model\.json"):
-        load_model(tmp_path)
+        load_decoder(tmp_path)
     folder = save_model(make(), tmp_path / "m")
     card = json.loads((folder / "model.json").read_text())
     for text in ("{", "[]", json.dumps({"kind": "other", "settings": {}})):
         (folder / "model.json").write_text(text)
         with pytest.raises(ArraError, match=r"model\.json"):
-            load_model(folder)
+            load_decoder(folder)
     card["settings"]["num_heads"] = 5
     (folder / "model.json").write_text(json.dumps(card))
     with pytest.raises(ArraError, match="settings make no model"):
-        load_model(folder)
+        load_decoder(folder)
     (tmp_path / "file").write_text("")
     with pytest.raises(ArraError):
         save_model(make(), tmp_path / "file")
@@ -173,10 +173,10 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
 
 def test_names() -> None:
     with pytest.raises(ArraError, match="known are llamagen, llamagen-b, llamagen-l"):
-        load_model("llamagen-m")
+        load_decoder("llamagen-m")
     with pytest.raises(ArraError, match="without weights="):
-        load_model("llamagen")
+        load_decoder("llamagen")
     with pytest.raises(ArraError, match="num_layer"):
-        load_model("llamagen-b", num_layer=3)
-    model = load_model("llamagen-b", num_layers=1, num_codes=8, num_classes=2)
+        load_decoder("llamagen-b", num_layer=3)
+    model = load_decoder("llamagen-b", num_layers=1, num_codes=8, num_classes=2)
     assert (model.settings.num_heads, model.settings.hidden_size, model.settings.ffn_width) == (12, 768, 2048)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from arra.errors import ArraError
-from arra.models import load_model
+from arra.models import load_decoder
 from arra.models.blocks import _rotated_pairs, apply_rotary, rotary_table
 from arra.models.decoder import Condition, Decoder, DecoderSettings
 from arra.models.llamagen import SIZES
@@ -102,7 +102,7 @@ def test_content_of_padding_changes_nothing(kind: str) -> None:
     before = model(tokens, **condition.inputs()).last_hidden
     inputs = condition.inputs()
     if kind == "caption":
-        inputs["caption"] = torch.where(padding[..., None], 7.0, inputs["caption"])  # type: ignore[arg-type]
+        inputs["caption"] = torch.where(padding[..., None], 7.0, inputs["caption"])
     else:
         tokens[:, : padding.shape[1]][padding] = 13
     after = model(tokens, **inputs).last_hidden
@@ -284,7 +284,9 @@ def test_wrong_conditions_are_told() -> None:
 
 
 def test_codes_of_another_tokenizer_are_refused() -> None:
-    model = load_model("llamagen", num_layers=1, num_heads=2, hidden_size=16, num_codes=20, grid=(2, 2), num_classes=3)
+    model = load_decoder(
+        "llamagen", num_layers=1, num_heads=2, hidden_size=16, num_codes=20, grid=(2, 2), num_classes=3
+    )
     for wrong in (20, -1):
         with pytest.raises(ArraError, match=r"outside 0\.\.19"):
             model.logits(torch.tensor([[0, 1, 2, wrong]]), labels=[0])

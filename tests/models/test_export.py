@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arra.errors import ArraError
-from arra.models import load_model, save_model
+from arra.models import load_decoder, save_model
 from arra.models.decoder import Decoder, DecoderSettings
 from arra.models.llamagen import SIZES, launch_hint, original_state
 from arra.stages.weights import export_weights, import_weights
@@ -73,7 +73,7 @@ def test_there_and_back(changes: dict[str, Any], layout: str, tmp_path: Path) ->
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     assert all(value.dtype == torch.float32 for value in state.values())
     back = import_weights(done.path, tmp_path / "back", num_heads=4, grid="2x2").path
-    assert {**load_model(back).settings.model_dump(), "ffn_hidden_size": None} == model.settings.model_dump()
+    assert {**load_decoder(back).settings.model_dump(), "ffn_hidden_size": None} == model.settings.model_dump()
     assert (back / "model.safetensors").read_bytes() == (tmp_path / "model" / "model.safetensors").read_bytes()
     again = export_weights(back, tmp_path / "again.pt", layout=layout)
     assert again.path.read_bytes() == done.path.read_bytes()
@@ -103,11 +103,11 @@ def test_half_precision_is_kept_unless_told(tmp_path: Path) -> None:
     wide = import_weights(half, tmp_path / "wide", num_heads=4, grid="2x2", dtype="float32").path
     expected = {key: value.bfloat16() for key, value in model.state_dict().items()}
     for folder, dtype in ((kept, torch.bfloat16), (wide, torch.float32)):
-        state = load_model(folder, dtype=None).state_dict()
+        state = load_decoder(folder, dtype=None).state_dict()
         assert all(
             value.dtype == dtype and torch.equal(value.bfloat16(), expected[key]) for key, value in state.items()
         )
-    assert all(value.dtype == torch.float32 for value in load_model(kept).state_dict().values())
+    assert all(value.dtype == torch.float32 for value in load_decoder(kept).state_dict().values())
     assert torch.load(export_weights(kept, tmp_path / "full.pt").path)["model"]["norm.weight"].dtype == torch.float32
 
 

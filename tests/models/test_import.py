@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arra.errors import ArraError
-from arra.models import load_model, save_model
+from arra.models import load_decoder, save_model
 from arra.models.decoder import Decoder, DecoderSettings
 from arra.models.fitting import name_keys
 from arra.models.llamagen import SIZES, told_settings
@@ -115,7 +115,7 @@ def test_every_layout(layout: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     source = LAYOUTS[layout](state | strays, tmp_path / "source")
     done = import_weights(source, tmp_path / "out", **({} if kind == "vq" else TOLD))
-    loaded = load_tokenizer(done.path).model if kind == "vq" else load_model(done.path)
+    loaded = load_tokenizer(done.path).model if kind == "vq" else load_decoder(done.path)
     assert list(loaded.state_dict()) == list(state)
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in state.items())
     assert not loaded.training
@@ -138,7 +138,7 @@ def test_the_averaged_weights(kind: str, tmp_path: Path) -> None:
     model = network(kind)
     source = train_file(dict(model.state_dict()), tmp_path)
     out = import_weights(source, tmp_path / "out", entry="ema", **({} if kind == "vq" else TOLD)).path
-    loaded = load_tokenizer(out).model if kind == "vq" else load_model(out)
+    loaded = load_tokenizer(out).model if kind == "vq" else load_decoder(out)
     assert all(torch.equal(loaded.state_dict()[key], value * 0.5) for key, value in model.state_dict().items())
 
 
@@ -174,13 +174,13 @@ def test_who_tells_the_grid_and_the_heads(tmp_path: Path) -> None:
     assert told(state=state | table, config=config) == {"grid": (3, 3), "num_heads": 4, "norm_eps": 1e-6}
     folder = tmp_path / "mixin"
     folder.mkdir()
-    model = load_model(mixin_folder(state, folder))
+    model = load_decoder(mixin_folder(state, folder))
     assert (model.settings.num_heads, model.settings.grid, model.settings.token_dropout) == (4, (2, 2), 0.2)
     assert model.about["origin"]["told"]["grid"] == "config.json"
-    other = load_model(folder, grid=(1, 4))
+    other = load_decoder(folder, grid=(1, 4))
     assert other.settings.grid == (1, 4)
     assert other.about["origin"]["told"]["grid"] == "given, against (2, 2) by config.json"
-    assert load_model(folder, grid=[2, 2]).about["origin"]["told"]["grid"] == "given"
+    assert load_decoder(folder, grid=[2, 2]).about["origin"]["told"]["grid"] == "given"
     assert told(config={"attn_dropout_p": 0.1, "drop_path_rate": 0.3}) == {"attn_dropout": 0.1, "drop_path": 0.3}
     with pytest.raises(ArraError, match="the class table has no null class"):
         told(config={"class_dropout_prob": 0.0})
@@ -200,7 +200,7 @@ def test_the_size_given_is_checked(tmp_path: Path) -> None:
         shapes = Decoder(DecoderSettings(**SIZES["b"] | {"num_layers": 12}, num_codes=4, num_classes=1)).state_dict()
     state = {key: torch.zeros(value.shape) for key, value in shapes.items()}
     out = import_weights(pt(state, tmp_path, "c2i_B_256.pt"), tmp_path / "b", size="B").path
-    assert load_model(out).settings.num_heads == 12
+    assert load_decoder(out).settings.num_heads == 12
 
 
 def test_every_misfit_is_named_and_only_patterns_excuse_it(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_other_classes_from_a_published_model(tmp_path: Path) -> None:
     model = toy_decoder(num_classes=5)
     source, table = pt(dict(model.state_dict()), tmp_path), "cls_embedding.embedding_table.weight"
     arguments: dict[str, Any] = {"num_heads": 4, "grid": (2, 2), "ignore": [table], "init_missing": [table]}
-    first, second = (load_model("llamagen", weights=source, num_classes=2, **arguments) for _ in range(2))
+    first, second = (load_decoder("llamagen", weights=source, num_classes=2, **arguments) for _ in range(2))
     assert first.state_dict()[table].shape == (3, 32)
     assert 0.01 < first.state_dict()[table].std() < 0.03
     assert torch.equal(first.state_dict()[table], second.state_dict()[table])
@@ -244,7 +244,7 @@ def test_a_loaded_model_does_not_hang_on_its_file(tmp_path: Path) -> None:
     model = toy_decoder()
     save_file(dict(model.state_dict()), tmp_path / "w.safetensors")
     for source in (pt(dict(model.state_dict()), tmp_path), tmp_path / "w.safetensors"):
-        loaded = load_model("llamagen", weights=source, num_heads=4, grid=(2, 2))
+        loaded = load_decoder("llamagen", weights=source, num_heads=4, grid=(2, 2))
         with source.open("r+b") as file:
             file.write(b"\0" * source.stat().st_size)
         assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
@@ -293,7 +293,7 @@ def test_shapes_without_data_are_refused(tmp_path: Path) -> None:
     card["settings"]["num_layers"] = 10**9
     (folder / "model.json").write_text(json.dumps(card))
     with pytest.raises(ArraError, match="tensors for 1000000000 layers"):
-        load_model(folder)
+        load_decoder(folder)
 
 
 def test_damage_is_one_line_whatever_it_hits(tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_one_kind_is_not_taken_for_the_other(tmp_path: Path) -> None:
     with pytest.raises(ArraError, match="no VQ tokenizer inside"):
         load_tokenizer("llamagen", weights=source)
     with pytest.raises(ArraError, match="not a LlamaGen decoder"):
-        load_model("llamagen", weights=GOLDEN / "vq_f16_nrb2.pt")
+        load_decoder("llamagen", weights=GOLDEN / "vq_f16_nrb2.pt")
 
 
 def test_published_captions_name_their_encoder(tmp_path: Path) -> None:
@@ -407,19 +407,19 @@ def test_published_captions_name_their_encoder(tmp_path: Path) -> None:
     for width, expected in ((2048, {"name": "flan-t5-xl", "clean": True}), (6, None)):
         source = pt(dict(toy_decoder(condition="caption", caption_dim=width).state_dict()), tmp_path)
         out = import_weights(source, tmp_path / str(width), **TOLD).path
-        assert load_model(out).about.get("text_encoder") == expected
+        assert load_decoder(out).about.get("text_encoder") == expected
 
 
 def test_about_is_kept(tmp_path: Path) -> None:
     model = toy_decoder()
     model.about["text_encoder"] = {"name": "flan-t5-xl"}
     folder = save_model(model, tmp_path / "model")
-    assert load_model(folder).about == {"text_encoder": {"name": "flan-t5-xl"}}
+    assert load_decoder(folder).about == {"text_encoder": {"name": "flan-t5-xl"}}
     card = json.loads((folder / "model.json").read_text())
     for key, value in (("about", [1]), ("text_tokenizer", "../../elsewhere.json")):
         (folder / "model.json").write_text(json.dumps(card | {key: value}))
         with pytest.raises(ArraError, match=r"expected about .* and text_tokenizer null or 'tokenizer\.json'"):
-            load_model(folder)
+            load_decoder(folder)
 
 
 def test_tokenizers_are_named_after_their_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

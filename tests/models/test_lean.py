@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from arra.data.batches import make_batch
 from arra.data.conditions import Prefix
-from arra.models import lean, load_model, products
+from arra.models import lean, load_decoder, products
 from arra.models.blocks import apply_rotary, rotary_table
 from arra.models.decoder import Decoder
 from arra.models.products import inferred, packed_weights, product
@@ -23,7 +23,7 @@ EPS = 1e-5
 def tiny(**changes: object) -> Decoder:
     torch.manual_seed(0)
     fields = {"num_layers": 2, "num_heads": 4, "hidden_size": 64, "num_codes": 96, "grid": (4, 4), "num_classes": 5}
-    model = load_model("llamagen", **{**fields, **changes})  # type: ignore[arg-type]
+    model = load_decoder("llamagen", **{**fields, **changes})
     nn.init.normal_(model.output.weight)
     return model.train()
 
@@ -82,34 +82,6 @@ def test_dropout_draws_the_mask_of_torch(p: float) -> None:
         gradients(seeded(lambda x, y: lean.drop_add(x, y, p)), x, y),
         gradients(seeded(lambda x, y: x + F.dropout(y, p)), x, y),
     )
-
-
-@pytest.mark.parametrize("z_weight", [0.0, 0.01])
-@pytest.mark.parametrize("bytes_at_a_time", [1, 4 * 40 * 3, 2**25])
-def test_head_loss(z_weight: float, bytes_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lean, "HEAD_BYTES", bytes_at_a_time)
-    labels, shares = torch.randint(40, (10,)), torch.rand(10)
-
-    def plain(hidden: Tensor, weight: Tensor) -> Tensor:
-        logits = F.linear(hidden, weight)
-        each = F.cross_entropy(logits, labels, reduction="none") + z_weight * logits.logsumexp(1).square()
-        return (each * shares).sum()
-
-    def ours(hidden: Tensor, weight: Tensor) -> Tensor:
-        total, ntp, z = lean.head_loss(hidden, weight, labels, shares=shares, z_weight=z_weight)
-        torch.testing.assert_close(total, ntp + z_weight * z)
-        return total
-
-    hidden, weight = torch.randn(10, 8), torch.randn(40, 8)
-    agree(gradients(ours, hidden, weight), gradients(plain, hidden, weight))
-
-
-def test_head_loss_is_not_differentiated_twice() -> None:
-    weight = torch.randn(40, 8, requires_grad=True)
-    total, _, _ = lean.head_loss(torch.randn(5, 8), weight, torch.zeros(5, dtype=torch.int64), shares=torch.ones(5))
-    total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="run the forward pass again"):
-        total.backward()
 
 
 @pytest.mark.parametrize("condition", ["class", "caption"])

@@ -150,6 +150,8 @@ def test_an_older_card_without_the_new_settings_is_the_same_training(toy: Toy, t
     kept += ["commitment", "entropy_weight", "restart_every_steps", "ema_decay", "augment", "seed"]
     train = {key: card["about"]["made_from"]["train"][key] for key in kept}
     card["about"]["made_from"]["train"] = train | {"checkpoint_every_steps": 77}
+    for field in ("normalize", "attention_levels", "has_decoder"):
+        del card["about"]["made_from"]["network"][field]
     card_path.write_text(json.dumps(card))
     found = prepare(
         toy.recipe(*FRESH, "tokenizer.train.workers=1"), tmp_path / "store", options=INLINE, only=("codes",)
@@ -188,6 +190,11 @@ def test_the_files_of_lpips_count_by_what_is_in_them(toy: Toy, tmp_path: Path) -
             "num_layers: 3 layers need pictures of at least 24 pixels a side, these have 16; at most 2 fit",
         ),
         (["tokenizer.train.learning_rate=1e30", "tokenizer.train.warmup_steps=0"], "training diverged at step "),
+        (
+            ["tokenizer.network.normalize=false", "tokenizer.train.entropy_weight=0.1"],
+            "tokenizer.train.entropy_weight: made for normalised codes, this tokenizer's are not; set it to 0",
+        ),
+        (["tokenizer.network.has_decoder=false"], "tokenizer: its weights are the encoder half alone"),
     ],
 )
 def test_what_does_not_fit_is_told_before_hours_of_training(

@@ -1,11 +1,15 @@
-"""Muon against torch's own, and which tensors which optimiser moves."""
+"""Muon against torch's own, AdamW in 8 bits against AdamW, which tensors which optimiser moves, and how far."""
 
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from arra.errors import ArraError
+from arra.train.checkpoints import newest_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from arra.train.optimizer import Muon, learning_rate, make_optimizers, orthogonalized
 from arra.train.settings import TrainSettings
 
@@ -71,7 +75,7 @@ def test_muon_takes_the_matrices_inside_blocks_alone() -> None:
     assert len([p for g in adamw.param_groups for p in g["params"]]) == len(named) - 1
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw8bit"])
 def test_norms_and_biases_do_not_decay(optimizer: str) -> None:
     named = parameters()
     settings = TrainSettings(steps=10, optimizer=optimizer, weight_decay=0.5, learning_rate=0.1, warmup_steps=0)
@@ -92,3 +96,85 @@ def test_rate_warms_up_and_ends_low() -> None:
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
     constant = TrainSettings(steps=100, learning_rate=1.0, warmup_steps=10, schedule="constant")
     assert learning_rate(99, constant) == 1.0
+
+
+def larger(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    """Two matrices that AdamW in 8 bits keeps bytes of, one that is too small, and a norm."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"model.layers.0.w.weight": (64, 96), "model.layers.1.w.weight": (96, 64)}
+    sizes |= {"model.head.weight": (8, 8), "model.norm.weight": (64,)}
+    return {n: nn.Parameter(0.02 * torch.randn(size, generator=generator).to(dtype)) for n, size in sizes.items()}
+
+
+def steps(named: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer], numbers: range) -> list[Tensor]:
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        for p in named.values():
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        for each in optimizers:
+            each.step()
+    return [p.detach().clone() for p in named.values()]
+
+
+def test_eight_bits_follow_adamw_in_a_byte_a_moment() -> None:
+    exact, coarse = larger(), larger()
+    start = [p.detach().clone() for p in exact.values()]
+    settings = TrainSettings(steps=10, learning_rate=1e-3)
+    wanted = steps(exact, make_optimizers(exact, settings), range(10))
+    (adamw,) = make_optimizers(coarse, TrainSettings(steps=10, learning_rate=1e-3, optimizer="adamw8bit"))
+    found = steps(coarse, [adamw], range(10))
+    for a, b, s in zip(found, wanted, start, strict=True):
+        assert (a - b).norm() < 0.05 * (b - s).norm()
+    moments = [adamw.state[p]["state1"].dtype for p in coarse.values()]
+    assert moments == [torch.uint8, torch.uint8, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw8bit"])
+def test_an_optimiser_goes_on_from_its_saved_state(optimizer: str, tmp_path: Path) -> None:
+    settings = TrainSettings(steps=10, learning_rate=1e-3, optimizer=optimizer)
+    whole, first, second = larger(), larger(), larger()
+    wanted = steps(whole, make_optimizers(whole, settings), range(5))
+    before = make_optimizers(first, settings)
+    steps(first, before, range(3))
+    saved: dict[str, Tensor] = {}
+    for each in before:
+        saved |= optimizer_tensors(each, {p: n for n, p in first.items()})
+    save_checkpoint(tmp_path, step=3, seconds=0.0, tensors=saved, keep=1)
+    kept = newest_checkpoint(tmp_path)
+    assert kept is not None
+    after = make_optimizers(second, settings)
+    with torch.no_grad():
+        for name, p in second.items():
+            p.copy_(first[name])
+    for each in after:
+        restore_optimizer(each, {p: n for n, p in second.items()}, kept.tensors)
+    for a, b in zip(steps(second, after, range(3, 5)), wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_eight_bits_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TrainSettings(steps=10, optimizer="adamw8bit")
+    elsewhere = {name: nn.Parameter(p.to("meta")) for name, p in larger().items()}
+    with pytest.raises(ArraError, match="adamw8bit runs on cpu and cuda, not on meta; use adamw"):
+        make_optimizers(elsewhere, settings)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ArraError, match=r"adamw8bit needs bitsandbytes; pip install -e '\.\[lean\]'"):
+        make_optimizers(larger(), settings)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_the_papers_step_moves_a_float32_weight(optimizer: str) -> None:
+    """A step of 2e-5 is a thousandth of a usual weight: float32 takes it exactly; bfloat16, as released, drops it."""
+    settings = TrainSettings(steps=10, learning_rate=2e-5, weight_decay=0.0, optimizer=optimizer)
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = nn.Parameter(torch.full((64, 96), 0.02, dtype=dtype))
+        (adamw,) = make_optimizers({"weight": weight}, settings)
+        start = weight.detach().clone()
+        weight.grad = torch.ones_like(weight)
+        adamw.step()
+        moved[dtype] = (start.double() - weight.detach().double()).abs()
+    torch.testing.assert_close(
+        moved[torch.float32], torch.full((64, 96), 2e-5, dtype=torch.float64), rtol=1e-2, atol=0.0
+    )
+    assert not moved[torch.bfloat16].any()

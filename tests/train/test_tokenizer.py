@@ -102,6 +102,23 @@ def test_a_tokenizer_learns_its_pictures() -> None:
     assert steps[-1].loss < 0.5 * steps[0].loss
 
 
+def test_revived_codes_have_the_length_of_encoder_vectors_where_codes_are_not_normalised() -> None:
+    torch.manual_seed(0)
+    model = VQModel(TINY_VQ.model_copy(update={"normalize": False}))
+    model.quant_conv.weight.data *= 100
+    settings = VQ_TRAIN.model_copy(update={"restart_every_steps": 2, "entropy_weight": 0.0})
+    trainer = TokenizerTrainer(model, settings)
+    before = model.quantize.embedding.weight.detach().clone()
+    trainer.train_step(held(settings))
+    trainer.train_step(held(settings))
+    rows = model.quantize.embedding.weight.detach()
+    moved = (rows - before).norm(dim=1) > 1
+    assert moved.sum() > 10
+    lengths = trainer.model.latents(some_pictures().float() / 127.5 - 1).norm(dim=1)
+    assert (rows[moved].norm(dim=1) > 0.5 * lengths.min()).all()
+    assert (rows[moved].norm(dim=1) < 2 * lengths.max()).all()
+
+
 def test_dead_codes_come_back_to_life() -> None:
     settings = VQ_TRAIN.model_copy(update={"restart_every_steps": 2})
     trainer = TokenizerTrainer(tiny_model(), settings)

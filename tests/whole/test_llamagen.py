@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from arra.evaluate.card import Evaluation
-from arra.models import load_model, save_model
+from arra.models import load_decoder, save_model
 from arra.runs import Run
 from arra.stages.paint import load_run
 from arra.train.checkpoints import newest_checkpoint
@@ -107,7 +107,7 @@ def test_classes_from_a_folder_to_the_report(classes: Workshop) -> None:
     assert rows[0][0]["ntp_loss"] == rows[1][0]["ntp_loss"]  # same weights, pictures, dropout
     assert (rows[0][0]["gva_loss"], 0 < rows[1][0]["gva_loss"] < 2) == (None, True)
     assert len(list((aligned / "previews").glob("*.png"))) == 2
-    model = load_model(aligned)
+    model = load_decoder(aligned)
     assert (model.settings.condition, model.settings.num_classes, model.settings.multiple_of) == ("class", 3, 32)
     assert model.about["class_names"] == ["blue bar", "green bar", "red bar"]
 
@@ -165,7 +165,7 @@ def test_a_model_of_classes_goes_on_from_given_weights(classes: Workshop) -> Non
     settings = [each for text in classes.settings for each in ("--set", text)]
     answer = classes.run_arra(*common, *settings, *start)
     assert answer.code == 0, answer
-    before, after = load_model(first), load_model(gone)
+    before, after = load_decoder(first), load_decoder(gone)
     for name, value in before.state_dict().items():
         torch.testing.assert_close(after.state_dict()[name], value, atol=1e-6, rtol=0)
     assert after.about["started_from"]["weights"] == str(first)
@@ -173,7 +173,7 @@ def test_a_model_of_classes_goes_on_from_given_weights(classes: Workshop) -> Non
     # other classes: a fresh table, the rest stays
     answer = classes.run_arra(*common[:-1], gone.with_name("five"), *settings, *start, "--set", "model.num_classes=5")
     assert answer.code == 0, answer
-    after = load_model(gone.with_name("five"))
+    after = load_decoder(gone.with_name("five"))
     table = "cls_embedding.embedding_table.weight"
     assert after.state_dict()[table].shape[0] == 6
     torch.testing.assert_close(after.state_dict()[table][-1], before.state_dict()[table][-1], atol=1e-6, rtol=0)
@@ -181,7 +181,7 @@ def test_a_model_of_classes_goes_on_from_given_weights(classes: Workshop) -> Non
 
     # a decoder alone, as `arra import` leaves it, needs a tokenizer to paint
     alone = save_model(before, classes.root / "alone")
-    assert "a decoder without an image tokenizer; name one" in classes("generate", alone, "--label", 0).error
+    assert "a model without an image tokenizer; name one" in classes("generate", alone, "--label", 0).error
     out = classes.root / "painted"
     painting = ("--label", 1, "--seeds", "3", "--cfg-scale", 2)
     classes.done("generate", alone, *painting, "--tokenizer", "openmoji-vq4", "--out", out)
@@ -223,7 +223,7 @@ def test_codes_that_others_extracted_train_without_a_tokenizer(tmp_path: Path, r
     assert run_arra("prepare", "llamagen_c2i", "--row", "b", "--store", store, *chosen).code == 0
     answer = run_arra("train", "llamagen_c2i", "--row", "b", "--store", store, "--out", run, *chosen)
     assert answer.code == 0, answer
-    model = load_model(run)
+    model = load_decoder(run)
     assert (model.settings.num_codes, model.settings.grid, model.settings.num_classes) == (16384, (4, 4), 4)
     assert model.about["class_names"] == ["0", "1", "2", "3"]
     assert not (run / "previews").exists()
@@ -294,7 +294,7 @@ def test_captions_from_pictures_to_the_report(tmp_path: Path, run_arra: Callable
     shop.done("prepare", "llamagen_t2i", "--row", "arra-base-xl", "--store", store, "--workers", 0, with_settings=True)
     shop.train("xl")
     aligned = shop.train("arra-base-xl", "--set", "align.components=4")
-    model = load_model(aligned)
+    model = load_decoder(aligned)
     assert (model.settings.condition, model.settings.prefix_length, model.settings.caption_dim) == ("caption", 120, 512)
     assert model.about["text_encoder"].keys() == {"name", "sha256", "clean"}
     assert (model.about["text_encoder"]["name"], model.about["text_encoder"]["clean"]) == ("flan-t5-small", True)

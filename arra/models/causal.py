@@ -1,0 +1,371 @@
+"""A Hugging Face causal LM that paints: prompt and codes are tokens of one vocabulary, laid out by an `ImageLayout`.
+
+It takes the place of `Decoder` in training, sampling and evaluation: same calls, same results. The network is
+`transformers`' own, of any architecture whose blocks are a list and whose head is a matrix; only its head is computed
+here, where it is wanted and for the tokens that are wanted (so Chameleon's masking of image logits never happens).
+Letters: B batch, S positions given, C prefix length, P = h*w image positions, D width, K codes, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from arra.data.layout import CODE, ImageLayout
+from arra.errors import ArraError
+from arra.models.decoder import Condition, ModelOutput, TextTokenizer
+from arra.models.head import CalledHead, Head, head_of
+from arra.settings import Settings
+
+Grid = tuple[int, int]
+BRANCHES = ("self_attn", "attn", "attention", "mlp", "feed_forward")
+"""What blocks of `transformers` call their two branches."""
+
+
+class LanguageSettings(Settings):
+    """What `model.json` says of a painting language model beside the network's own config.json."""
+
+    layout: ImageLayout
+    grid: Grid
+    """Height and width in codes of the pictures it paints unless told otherwise."""
+    head_norm_rows: int | None = None
+    """Of Chameleon's kin: rows of query and key norms that heads share (Lumina); None gives each head its own."""
+
+    @property
+    def condition(self) -> str:
+        """A language model reads text."""
+        return "text"
+
+    @property
+    def num_codes(self) -> int:
+        """Codes K of the image tokenizer."""
+        return self.layout.num_codes
+
+    @property
+    def num_positions(self) -> int:
+        """Image positions P = h*w."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass
+class LanguageCache:
+    """What has been read so far: attention's memory, how far it reaches, and the head's rows for codes."""
+
+    layers: Any
+    """A cache of `transformers`."""
+    filled: int
+    code_head: Head | CalledHead
+
+    def rows(self, count: int) -> "LanguageCache":
+        """The same with the first `count` rows of the batch alone; this one must not be used any more."""
+        self.layers.batch_select_indices(torch.arange(count))
+        return self
+
+
+class CausalLM(nn.Module):
+    """A causal LM of `transformers` that predicts image codes after a prompt."""
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        *,
+        layout: ImageLayout,
+        grid: Grid,
+        head_norm_rows: int | None = None,
+        text_tokenizer: TextTokenizer | None = None,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.lm = lm
+        self.settings = LanguageSettings(layout=layout, grid=grid, head_norm_rows=head_norm_rows)
+        self.text_tokenizer = text_tokenizer
+        self.about: dict[str, Any] = dict(about or {})
+        self.companions: dict[str, str] = {}
+        """Texts of the small files that Hugging Face keeps beside tokenizer.json, by name."""
+        self._recompute = False
+        layout.check_grid(grid)
+        self._blocks = _blocks(self.base)  # a list, not a module: the LM owns them
+        rows, highest = int(self.config.vocab_size), max(layout.reserved())
+        if highest >= rows:
+            raise ArraError(f"layout: token {highest} is outside the model's vocabulary of {rows}")
+
+    @property
+    def recompute(self) -> bool:
+        """Whether training keeps what enters each block alone, and computes the rest again in the backward pass."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, wanted: bool) -> None:
+        if wanted == self.recompute:
+            return
+        new = hasattr(self.lm, "activation_checkpointing_enable")  # the name of later versions
+        verb = "activation_checkpointing" if new else "gradient_checkpointing"
+        if wanted:
+            getattr(self.lm, f"{verb}_enable")({"use_reentrant": False})
+        else:
+            getattr(self.lm, f"{verb}_disable")()
+        self._recompute = wanted
+
+    def drop_residuals(self, p: float) -> None:
+        """Nothing; while training a share `p` of what attention and feed-forward add to the stream is dropped.
+
+        Source: Lumina-mGPT's and ARRA's modelling file, `config.dropout`.
+        Raises: ArraError when the blocks have no such parts.
+        """
+
+        def drop(module: nn.Module, args: Any, output: Any) -> Any:
+            if not module.training:
+                return output
+            if isinstance(output, tuple):
+                return (nn.functional.dropout(output[0], p), *output[1:])
+            return nn.functional.dropout(output, p)
+
+        for block in self._blocks:
+            parts = [part for name, part in block.named_children() if name in BRANCHES]
+            if len(parts) != 2:
+                raise ArraError(
+                    f"model.llm.dropout: {type(block).__name__} has not one attention and one feed-forward; use 0"
+                )
+            for part in parts:
+                part.register_forward_hook(drop)
+
+    @property
+    def base(self) -> nn.Module:
+        """The network below the head."""
+        return self.lm.base_model  # type: ignore[return-value]
+
+    @property
+    def config(self) -> Any:
+        """The text part of the network's configuration."""
+        return self.lm.config.get_text_config()  # type: ignore[union-attr,operator]
+
+    @property
+    def layout(self) -> ImageLayout:
+        """How prompts and pictures are written as tokens."""
+        return self.settings.layout
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks that an alignment may listen to."""
+        return len(self._blocks)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the states."""
+        return int(self.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.lm.parameters()).device
+
+    @property
+    def lm_head(self) -> Head | CalledHead:
+        """The head over the whole vocabulary; it holds the LM's own weights."""
+        config, scale = self.config, 1.0
+        if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            scale = float(factor)
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            scale /= float(divisor)
+        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        return head_of(self._output_layer, scale=scale, softcap=softcap)
+
+    @property
+    def code_head(self) -> Head | CalledHead:
+        """The head over the codes, in their order."""
+        return self.lm_head.rows(self.layout.code_ids().to(self.device))
+
+    @property
+    def _output_layer(self) -> nn.Module:
+        layer: nn.Module = self.lm.get_output_embeddings()  # type: ignore[operator]
+        return layer
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B S"],
+        *,
+        prefix_mask: Bool[Tensor, "B C"] | None = None,
+        capture: Sequence[int] = (),
+        cache: LanguageCache | None = None,
+        start: int = 0,
+    ) -> ModelOutput:
+        """Hidden states of positions start..start+S-1; the state at position t predicts the token at t+1.
+
+        Without a mask rows begin at the first position, and what stands behind a row changes nothing in it. False in
+        `prefix_mask` marks padding on the left, which takes no position. With a cache, positions below `start` are
+        read from it and the new ones are stored.
+        """
+        end = start + tokens.shape[1]
+        told: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            told["past_key_values"] = cache.layers
+        if prefix_mask is None or bool(prefix_mask.all()):
+            told["position_ids"] = torch.arange(start, end, device=tokens.device)[None].expand(len(tokens), -1)
+        else:
+            real = torch.ones(len(tokens), end, dtype=torch.int64, device=tokens.device)
+            width = min(end, prefix_mask.shape[1])
+            real[:, :width] = prefix_mask[:, :width]
+            told |= {"attention_mask": real, "position_ids": (real.cumsum(1) - 1).clamp(min=0)[:, start:]}
+        with self._listening(capture) as captured:
+            output = self.base(input_ids=tokens, return_dict=True, **told)
+        if cache is not None:
+            cache.filled = end
+        return ModelOutput(output.last_hidden_state, captured)
+
+    @contextmanager
+    def _listening(self, capture: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """A block in which the wanted layers' states are noted as they pass."""
+        captured: dict[int, Tensor] = {}
+        handles = []
+
+        def note(layer: int, state: Any) -> None:
+            state = state[0] if isinstance(state, tuple | list) else state
+            captured.setdefault(layer, state)
+
+        for layer in capture:
+            if not 0 <= layer <= self.num_layers:
+                raise ValueError(f"capture: layer {layer} is outside 0..{self.num_layers}")
+            if layer == 0:
+                handles.append(
+                    self._blocks[0].register_forward_pre_hook(
+                        lambda module, args, kwargs: note(0, args or kwargs["hidden_states"]), with_kwargs=True
+                    )
+                )
+            else:
+                handles.append(
+                    self._blocks[layer - 1].register_forward_hook(
+                        lambda module, args, output, layer=layer: note(layer, output)
+                    )
+                )
+        try:
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def head(self, hidden: Float[Tensor, "*any D"]) -> Float[Tensor, "*any K"]:
+        """Logits over the codes in float32, from states after the final norm."""
+        return self.code_head(hidden)
+
+    def condition(
+        self,
+        *,
+        labels: Any = None,
+        prompts: Sequence[str] | None = None,
+        captions: Any = None,
+        grid: Grid | None = None,
+    ) -> Condition:
+        """Everything before the first code, padded on the left: prompt, begin of image and size tokens.
+
+        Raises: ArraError for another kind of condition, or a prompt that leaves no room for the picture.
+        """
+        if prompts is None or labels is not None or captions is not None:
+            raise ArraError("condition: a language model is conditioned on text; pass prompts=")
+        if self.text_tokenizer is None:
+            raise ArraError("prompts: this model has no text tokenizer; load it from a model folder or set one")
+        grid = grid or self.settings.grid
+        rows = []
+        for prompt in prompts:
+            ids = self.text_tokenizer.encode(self.layout.text(prompt, grid))
+            self.layout.check_fits(len(ids), grid, where=f"prompt '{prompt[:40]}'")
+            rows.append(self.layout.prefix(ids, grid))
+        return self._padded(rows, width=max(map(len, rows), default=0))
+
+    def null_condition(self, condition: Condition, *, grid: Grid | None = None) -> Condition:
+        """The unconditional twin of a condition: the layout's form without a prompt, as training drops it."""
+        row = self.layout.prefix(None, grid or self.settings.grid)
+        width = max(condition.tokens.shape[1], len(row))
+        return self._padded([row] * len(condition), width=width)
+
+    def _padded(self, rows: Sequence[Sequence[int]], *, width: int) -> Condition:
+        tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for place, row in enumerate(rows):
+            tokens[place, width - len(row) :] = torch.tensor(row)
+            mask[place, width - len(row) :] = True
+        return Condition(tokens.to(self.device), mask.to(self.device))
+
+    def prefill(
+        self, rows: Condition, codes: Int[Tensor, "B n"], *, grid: Grid
+    ) -> tuple[LanguageCache, Float[Tensor, "B K"]]:
+        """A cache filled with the prefix and the first n codes, and the logits of the code after them."""
+        from arra.models.growing import growing_cache
+
+        body = self._body(codes, grid)
+        room = rows.tokens.shape[1] + len(self._template(grid))
+        cache = LanguageCache(growing_cache(self.lm.config, room=room), 0, self.code_head)
+        tokens = torch.cat([rows.tokens, body], dim=1)
+        hidden = self(tokens, prefix_mask=rows.prefix_mask, cache=cache).last_hidden
+        return cache, cache.code_head(hidden[:, -1])
+
+    def decode_step(
+        self, rows: Condition, cache: LanguageCache, *, codes: Int[Tensor, "B"], index: int, grid: Grid
+    ) -> Float[Tensor, "B K"]:
+        """The logits of code `index` + 1, after feeding the codes at `index` and the tokens the layout puts behind."""
+        forced = torch.tensor(self.layout.after(index, grid), dtype=torch.int64, device=self.device)
+        ids = self.layout.code_ids().to(self.device)[codes]
+        tokens = torch.cat([ids[:, None], forced.expand(len(codes), -1)], dim=1)
+        hidden = self(tokens, prefix_mask=rows.prefix_mask, cache=cache, start=cache.filled).last_hidden
+        return cache.code_head(hidden[:, -1])
+
+    def logits(
+        self,
+        codes: Int[Tensor, "B P"] | Int[Tensor, "B h w"],
+        *,
+        labels: Any = None,
+        captions: Any = None,
+        prompts: Sequence[str] | None = None,
+        grid: Grid | None = None,
+    ) -> Float[Tensor, "B P K"]:
+        """Teacher-forced logits at the positions that predict the codes, under the module's current mode."""
+        told = grid or (self.settings.grid if codes.dim() == 2 else (int(codes.shape[1]), int(codes.shape[2])))
+        condition = self.condition(labels=labels, captions=captions, prompts=prompts, grid=told)
+        flat = codes.flatten(1).to(self.device)
+        if len(condition) != len(flat) or flat.shape[1] != told[0] * told[1]:
+            raise ArraError(
+                f"codes: got {tuple(codes.shape)} for {len(condition)} conditions, expected one row each of "
+                f"{told[0]} x {told[1]} codes"
+            )
+        if flat.numel() and (flat.min() < 0 or flat.max() >= self.settings.num_codes):
+            raise ArraError(
+                f"codes: {flat.min()}..{flat.max()} are outside 0..{self.settings.num_codes - 1}; they come from "
+                "another tokenizer"
+            )
+        width = condition.tokens.shape[1]
+        tokens = torch.cat([condition.tokens, self._body(flat[:, :-1], told)], dim=1)
+        hidden = self(tokens, prefix_mask=condition.prefix_mask).last_hidden
+        places = torch.tensor([place for place, token in enumerate(self._template(told)) if token == CODE])
+        return self.code_head(hidden[:, (places + width - 1).to(hidden.device)])
+
+    def _body(self, codes: Int[Tensor, "B n"], grid: Grid) -> Int[Tensor, "B S"]:
+        """The first n codes as tokens, with what the layout puts between and behind them, up to the next code."""
+        body = self._template(grid)
+        places = [place for place, token in enumerate(body) if token == CODE]
+        count = codes.shape[1]
+        end = places[count] if count < len(places) else len(body)
+        tokens = torch.tensor(body[:end], dtype=torch.int64, device=self.device).repeat(len(codes), 1)
+        tokens[:, places[:count]] = self.layout.code_ids().to(self.device)[codes]
+        return tokens
+
+    def _template(self, grid: Grid) -> list[int]:
+        """What follows the prefix: `CODE` where codes stand, and the tokens between and behind them."""
+        return self.layout.image(grid)[len(self.layout.opening(grid)) :]
+
+
+def _blocks(base: nn.Module) -> list[nn.Module]:
+    """The blocks of a `transformers` network, first to last.
+
+    Raises: ArraError when there is no list of as many modules as the configuration has layers.
+    """
+    count = int(base.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr,operator]
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise ArraError(
+        f"{type(base).__name__}: no list of its {count} blocks found; this architecture is not one that can be trained "
+        "here, name another language model"
+    )

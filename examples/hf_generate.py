@@ -1,0 +1,41 @@
+"""A painter's folder without `arra.generate`: `transformers` samples, our processors keep it to the grammar.
+
+python examples/hf_generate.py runs/painter openmoji-vq4 painted "a red heart" "a green apple"
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM
+
+import arra
+from arra.models.language_folder import read_language_card
+from arra.sample.grammar import image_processors
+
+
+def main(folder: str, tokenizer: str, out: str, *prompts: str) -> None:
+    """Nothing; the folder `out` holds 0.png, 1.png, ..., one for each prompt."""
+    lm, images = AutoModelForCausalLM.from_pretrained(folder).eval(), arra.load_tokenizer(tokenizer)
+    card = read_language_card(Path(folder))
+    layout, grid = card.settings.layout, card.settings.grid
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for number, prompt in enumerate(prompts):
+        asked = torch.tensor([layout.prefix(card.text.encode(layout.text(prompt, grid)), grid)])
+        torch.manual_seed(number)
+        written = lm.generate(
+            asked,
+            attention_mask=torch.ones_like(asked),
+            logits_processor=image_processors(lm, layout, grid=grid, prompt_length=asked.shape[1], cfg_scale=2.0),
+            do_sample=True,
+            temperature=0.7,
+            top_k=0,  # the default of transformers is 50
+            max_new_tokens=len(layout.image(grid)),
+        )
+        codes = torch.from_numpy(layout.read_image(written[0].tolist()))
+        Image.fromarray(images.decode(codes[None])[0].numpy()).save(Path(out) / f"{number}.png")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
