@@ -351,7 +351,7 @@ def train(
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(help="A finished run, or a folder of `arra import`.")],
+    run: Annotated[Path, typer.Argument(help="A finished run, or a folder of `arra import` or `arra init`.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to paint; may be repeated.")] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A file with one prompt per line.")] = None,
     label: Annotated[
@@ -402,7 +402,8 @@ def generate(
     folder = out or run / "samples" / "generated"
     grid = parse_grid(loaded.model, image_size)
     written = paint(loaded, wishes, numbers, folder, overrides=chosen, batch_size=batch_size, grid=grid)
-    typer.echo(f"{len(written) - 1} pictures in {folder}, all together in {written[-1]}")
+    count = len(written) - 1
+    typer.echo(f"{count} picture{'' if count == 1 else 's'} in {folder}, all together in {written[-1]}")
 
 
 @app.command()
@@ -585,7 +586,7 @@ def import_weights(
 
 @app.command(name="export")
 def export_weights(
-    source: Annotated[Path, typer.Argument(help="A run, or the folder of a decoder or a tokenizer.")],
+    source: Annotated[Path, typer.Argument(help="A run, or the folder of a model or a tokenizer.")],
     out: Annotated[Path, typer.Argument(help="File to write, or a language model's folder; must be new.")],
     to: Annotated[
         str | None, typer.Option("--to", help="llamagen; of a language model hf (default) or lumina; chameleon.")

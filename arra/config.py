@@ -11,10 +11,10 @@ import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from arra.data.crops import CropSettings
@@ -164,6 +164,27 @@ class TextSection(Settings):
     """Share of the rows, at the end, on which `text_loss` is measured."""
 
 
+PLACES = ("{prompt}", "{width}", "{height}")
+"""What is filled in where a template of a language model names it."""
+
+
+def check_template(text: str) -> str:
+    """The template.
+
+    Raises:
+        ValueError: the prompt has not one place in it, or a place has another name.
+    """
+    odd = [place for place in re.findall(r"\{[A-Za-z_]*\}", text) if place not in PLACES]
+    if odd:
+        raise ValueError(f"{odd[0]} in {text!r} is nothing that is filled in; known are {', '.join(PLACES)}")
+    if text.count("{prompt}") != 1:
+        raise ValueError(f"expected a text with {{prompt}} in it once, found {text!r}")
+    return text
+
+
+Template = Annotated[str, AfterValidator(check_template)]
+
+
 class LanguageSection(Settings):
     """A language model that learns to paint, in place of the decoder."""
 
@@ -180,7 +201,7 @@ class LanguageSection(Settings):
     """Type of what is not trained; what is trained is float32."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """After the attention and the feed-forward of every block; the released ARRA has 0.05."""
-    template: str | None = None
+    template: Template | None = None
     """What is read in place of a prompt, with {prompt} in it, and perhaps {width} and {height}; null: the folder's."""
     text: TextSection | None = None
 
@@ -190,8 +211,6 @@ class LanguageSection(Settings):
             raise ValueError(f"'lora' and 'four_bit' go with 'train: lora', it is '{self.train}'; change one of them")
         if self.train == "all" and self.frozen_dtype != "float32":
             raise ValueError("'frozen_dtype' is the type of what is not trained; with 'train: all' that is nothing")
-        if self.template is not None and self.template.count("{prompt}") != 1:
-            raise ValueError("'template' must hold {prompt} once")
         return self
 
 
@@ -310,6 +329,8 @@ class Recipe(Settings):
             raise ValueError(
                 "model.condition: caption needs a 'text_encoder' section, as in text_encoder: {name: flan-t5-xl}"
             )
+        if self.train.word_dropout and self.model.llm is not None:
+            raise ValueError("train.word_dropout: is the decoder's, a language model's prompts stay whole; use 0")
         if self.train.precision != "float32" and self.model.llm is None:
             raise ValueError("train.precision: bfloat16 is for language models (model.llm); leave it out")
         width = self.model.hidden_size

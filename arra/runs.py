@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from arra.errors import ArraError
 
@@ -50,6 +51,8 @@ def writing(path: Path | str) -> Iterator[None]:
         if error.errno not in WRITE_ERRORS:
             raise
         raise ArraError(f"{path}: {WRITE_ERRORS[error.errno]}") from error
+    except SafetensorError as error:  # how that library tells a full disk
+        raise ArraError(f"{path}: cannot be written ({error}); free space and try again") from error
 
 
 @contextmanager

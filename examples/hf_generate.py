@@ -38,4 +38,6 @@ def main(folder: str, tokenizer: str, out: str, *prompts: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 5:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -102,4 +102,6 @@ def main(painter_folder: str, store_folder: str, out: str, steps: str) -> Aligne
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

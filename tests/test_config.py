@@ -340,6 +340,21 @@ def test_sizes_are_llamagens_and_are_not_mixed_with_shapes():
         (["model.condition=caption", "text_encoder=null"], "caption needs a 'text_encoder' section"),
         (["model.condition=clas"], "did you mean 'class'?"),
         (["model.size=l", "align.layer=25"], "align.layer: 25 is outside 0..24"),
+        (
+            ["model.llm.folder=x", "model.num_layers=3"],
+            "'num_layers' is the decoder's, and a language model has its own",
+        ),
+        (["model.llm.folder=x", "model.weights=y"], "'weights' is the decoder's"),
+        (["model.llm.folder=x", "model.condition=class"], "a language model reads text, found 'class'"),
+        (["model.llm.folder=x", "model.llm.four_bit=true"], "go with 'train: lora', it is 'all'"),
+        (["model.llm.folder=x", "model.llm.frozen_dtype=bfloat16"], "with 'train: all' that is nothing"),
+        (
+            ["model.llm.folder=x", "model.llm.template=draw"],
+            "model.llm.template: expected a text with {prompt} in it once",
+        ),
+        (["model.llm.folder=x", "model.llm.template='{prompt}, {hight}'"], "{hight} in '{prompt}, {hight}' is nothing"),
+        (["model.llm.folder=x", "train.word_dropout=0.1"], "word_dropout: is the decoder's"),
+        (["train.precision=bfloat16"], "train.precision: bfloat16 is for language models"),
     ],
 )
 def test_models_that_cannot_be(overrides: list[str], told: str):

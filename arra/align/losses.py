@@ -3,6 +3,7 @@
 Legend: B batch, T sequence, G target feature.
 """
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -15,7 +16,8 @@ def cosine_loss(
 
     Source: the released ARRA code normalises both sides and averages in this order.
     """
-    cosine = F.cosine_similarity(projected, target[:, None], dim=2)  # (B, T)
+    wide = torch.promote_types(projected.dtype, torch.float32)  # autocast narrows the projector on a CPU
+    cosine = F.cosine_similarity(projected.to(wide), target[:, None].to(wide), dim=2)  # (B, T)
     counts = positions.sum(1)
     per_image = (cosine * positions).sum(1) / counts.clamp(min=1)
     present = counts > 0

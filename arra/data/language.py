@@ -14,9 +14,7 @@ from torch import Tensor
 
 from arra.data.batches import NOTHING, Batches, TrainBatch, generator
 from arra.data.conditions import Prefix
-from arra.data.layout import ImageLayout, Written
-
-Grid = tuple[int, int]
+from arra.data.layout import Grid, ImageLayout, Written
 
 
 @dataclass(frozen=True)

@@ -230,12 +230,10 @@ class ImageLayout(Settings):
 
     def sequence(self, prompt_ids: Sequence[int] | None, codes: Integer[np.ndarray, "h w"]) -> Written:
         """A prompt and its image; without ids the form that has no condition. All of the image's turn carries loss."""
-        ids = self._image_ids(codes)
-        question = self._question(prompt_ids)
-        tokens = np.array([*question, *ids, *self.closing], np.int64)
-        labels = tokens.copy()
-        labels[: len(question)] = NO_LABEL
-        return self._written(tokens, labels)
+        if prompt_ids is None and self.unconditional == "image_only":
+            tokens = np.array([*self._image_ids(codes), *self.closing], np.int64)
+            return self._written(tokens, tokens.copy())
+        return self.write([[list(prompt_ids or [])], [codes]])
 
     def write(self, turns: Sequence[Sequence[Piece]]) -> Written:
         """A conversation: what is asked and what is answered, in turns; each turn is pieces of text and images.

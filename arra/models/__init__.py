@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 
 from arra.errors import ArraError
 from arra.models.causal import CausalLM
@@ -62,6 +62,7 @@ def load_model(
     how = Fitting(dtype, tuple(ignore), tuple(init_missing))
     folder = Path(name)
     if folder.is_dir() and not (folder / CARD_FILE).is_file() and (folder / "config.json").is_file():
+        _refuse_unprepared(folder)
         return open_weights(read_weights(folder, entry=entry), known=settings, how=how)
     if folder.is_dir():
         if weights is not None or settings or how.ignore or how.init_missing:
@@ -85,6 +86,22 @@ def load_model(
     return open_weights(read_weights(weights, entry=entry), known={**shape, **settings}, how=how)
 
 
+def _refuse_unprepared(folder: Path) -> None:
+    """Nothing.
+
+    Raises: ArraError for a folder of `transformers`, which lacks what a painter must know beside its weights.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # told where weights are read
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind in (None, "c2i", "t2i"):  # LlamaGen's own
+        return
+    how = f"arra import, or load_model('chameleon', weights={str(folder)!r})" if kind == "chameleon" else "arra init"
+    raise ArraError(f"{folder}: a language model of transformers ({str(kind)[:40]}), no painter yet; see {how}")
+
+
 def _open_chameleon(
     name: str, weights: str | Path | None, how: Fitting, entry: Entry, options: dict[str, Any]
 ) -> CausalLM:
@@ -92,10 +109,17 @@ def _open_chameleon(
 
     if weights is None:
         raise ArraError(f"{name}: its weights do not come with the package; give the folder as weights=PATH")
-    known = [field.name for field in fields(ChameleonOptions)]
+    known = [*ChameleonOptions.model_fields]
     if odd := [option for option in options if option not in known]:
         raise ArraError(f"{name}: {odd[0]}: unknown; expected {', '.join(known)}")
-    told = ChameleonOptions(**options)
+    if how.init_missing:
+        raise ArraError(f"{name}: init_missing: its files hold all weights; drop it")
+    try:
+        told = ChameleonOptions(**options)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise ArraError(f"{name}: {where}: {fault['msg']}; got {fault['input']!r}") from error
     return open_chameleon(Path(weights), options=told, dtype=how.dtype, entry=entry, ignore=how.ignore).model
 
 
@@ -158,12 +182,7 @@ def save_model(model: Painter, folder: str | Path) -> Path:
     card["about"] = model.about
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     with atomic_file(folder / WEIGHTS_FILE) as temporary:
-        try:
-            safetensors.torch.save_file(state, temporary)
-        except safetensors.SafetensorError as error:  # how the library tells a full disk
-            raise ArraError(
-                f"{folder / WEIGHTS_FILE}: cannot be written ({error}); free space and try again"
-            ) from error
+        safetensors.torch.save_file(state, temporary)
     if model.text_tokenizer is not None:
         model.text_tokenizer.save(folder / TOKENIZER_FILE)
     atomic_write(folder / CARD_FILE, json.dumps(card, indent=2) + "\n")

@@ -12,6 +12,7 @@ import json
 import logging
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -104,7 +105,7 @@ def quantize(lm: nn.Module, *, compute_dtype: torch.dtype = torch.float32) -> No
 
     Products are computed in `compute_dtype`. To train the model, add LoRA afterwards.
     """
-    bitsandbytes = load_bitsandbytes("four_bit")
+    bitsandbytes = load_bitsandbytes("model.llm.four_bit")
     head = head_layer(lm)
     names = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear) and module is not head]
     for name in names:  # one by one, so that each layer's own weights are gone before the next is narrowed
@@ -154,13 +155,8 @@ def save_adapter(lm: nn.Module, folder: Path, *, base: str) -> Path:
     """
     state: dict[str, Tensor] = _peft().get_peft_model_state_dict(lm, adapter_name=ADAPTER, save_embedding_layers=False)
     with atomic_file(folder / WEIGHTS_FILE) as path:
-        try:
-            named = {PREFIX + name: value.detach().cpu().clone() for name, value in state.items()}
-            safetensors.torch.save_file(named, path, metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:  # how the library tells a full disk
-            raise ArraError(
-                f"{folder / WEIGHTS_FILE}: cannot be written ({error}); free space and try again"
-            ) from error
+        named = {PREFIX + name: value.detach().cpu().clone() for name, value in state.items()}
+        safetensors.torch.save_file(named, path, metadata={"format": "pt"})
     config: Any = copy.copy(lm.peft_config[ADAPTER])  # type: ignore[index]
     config.inference_mode, config.base_model_name_or_path = True, base
     told = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
@@ -178,7 +174,7 @@ def _widened(layer: nn.Module) -> Any:
     state = getattr(getattr(layer, "weight", None), "quant_state", None)
     if state is None:
         return layer
-    weight: Tensor = load_bitsandbytes("four_bit").functional.dequantize_4bit(layer.weight.data, state)
+    weight: Tensor = load_bitsandbytes("model.llm.four_bit").functional.dequantize_4bit(layer.weight.data, state)
     wide = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
     wide.weight = nn.Parameter(weight)
     wide.bias = layer.bias  # type: ignore[assignment]
@@ -217,10 +213,14 @@ def _check_targets(lm: nn.Module, targets: Sequence[str]) -> None:
 
 
 def _peft() -> ModuleType:
+    with suppress(ArraError):
+        load_bitsandbytes("")  # peft does so too, and lets it chatter
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise ArraError("LoRA and training of single rows need peft; pip install -e '.[llm]'") from error
+        raise ArraError(
+            "LoRA, training of single rows: the package 'peft' is missing; pip install 'arra[llm]' -c constraints.txt"
+        ) from error
     return peft
 
 
@@ -235,7 +235,9 @@ def load_bitsandbytes(purpose: str) -> ModuleType:
     try:
         import bitsandbytes
     except ModuleNotFoundError as error:
-        raise ArraError(f"{purpose} needs bitsandbytes; pip install -e '.[lean]'") from error
+        raise ArraError(
+            f"{purpose}: the package 'bitsandbytes' is missing; pip install 'arra[lean]' -c constraints.txt"
+        ) from error
     finally:
         logger.setLevel(level)
     return bitsandbytes

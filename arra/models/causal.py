@@ -15,13 +15,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from arra.data.layout import CODE, ImageLayout
+from arra.data.layout import CODE, Grid, ImageLayout
 from arra.errors import ArraError
 from arra.models.decoder import Condition, ModelOutput, TextTokenizer
 from arra.models.head import CalledHead, Head, head_of
 from arra.settings import Settings
 
-Grid = tuple[int, int]
 BRANCHES = ("self_attn", "attn", "attention", "mlp", "feed_forward")
 """What blocks of `transformers` call their two branches."""
 
@@ -136,7 +135,8 @@ class CausalLM(nn.Module):
     @property
     def base(self) -> nn.Module:
         """The network below the head."""
-        return self.lm.base_model  # type: ignore[return-value]
+        found: nn.Module = self.lm.base_model  # type: ignore[assignment]
+        return getattr(self.lm, "model", found) if found is self.lm else found  # Llama 4 names a part it has not
 
     @property
     def config(self) -> Any:

@@ -166,7 +166,9 @@ def require_transformers() -> None:
     try:
         import transformers  # noqa: F401
     except ImportError:
-        raise ArraError("Chameleon: needs transformers; pip install -e '.[llm]' -c constraints.txt") from None
+        raise ArraError(
+            "Chameleon: the package 'transformers' is missing; pip install 'arra[llm]' -c constraints.txt"
+        ) from None
 
 
 def build_chameleon(settings: ChameleonSettings, *, rows: int | None, image_tokenizer: bool) -> Any:

@@ -20,6 +20,7 @@ from arra.models.causal import CausalLM
 from arra.models.chameleon import ReadChameleon, find_text_tokenizer, read_chameleon, zero_image_head
 from arra.models.language_folder import TOKENIZER_FILE, read_companions
 from arra.models.weights import Entry
+from arra.settings import Settings
 from arra.tokenizers.prompts import load_prompt_tokenizer
 from arra.tokenizers.vocabulary import LUMINA_TEMPLATE, SEPARATOR, chameleon_layout, lumina_layout, read_vocabulary
 
@@ -36,8 +37,7 @@ SAMPLING = {"cfg_scale": 4.0, "top_k": 2000, "temperature": 1.0}
 """How Lumina-mGPT and ARRA paint unless told otherwise."""
 
 
-@dataclass(frozen=True)
-class ChameleonOptions:
+class ChameleonOptions(Settings):
     """What a user may say about an import; null: decided by the source."""
 
     text_tokenizer: Path | None = None
@@ -78,6 +78,8 @@ def open_chameleon(
     """
     if options.layout not in (None, *get_args(LayoutName)):
         raise ArraError(f"--layout {options.layout}: unknown; expected {' or '.join(get_args(LayoutName))}")
+    if not source.exists():
+        raise ArraError(f"{source}: no such file or folder; expected Chameleon's, Lumina-mGPT's or ARRA's weights")
     text_file = options.text_tokenizer or find_text_tokenizer(source)
     if text_file is None:
         raise ArraError(
@@ -155,12 +157,13 @@ def _grid(source: Path, layout: ImageLayout, options: ChameleonOptions) -> tuple
     if options.grid is not None:
         return options.grid, "given"
     named = PIXELS_IN_NAME.search(source.resolve().name)
-    pixels = options.image_size or (int(named[1]) if named else PIXELS)
+    pixels = (int(named[1]) if named else PIXELS) if options.image_size is None else options.image_size
     side, rest = divmod(pixels, layout.pixels_per_code)
-    if rest or not side:
+    if rest or side < 1:
         raise ArraError(f"--image-size {pixels}: no multiple of {layout.pixels_per_code}, the pixels per code")
-    told = "given" if options.image_size else "by the source's name" if named else "Chameleon's size; --image-size"
-    return (side, side), told
+    if options.image_size is not None:
+        return (side, side), "given"
+    return (side, side), "by the source's name" if named else "Chameleon's size; --image-size"
 
 
 def _name_ends(lm: Any, vocabulary: Mapping[str, int]) -> None:

@@ -209,6 +209,11 @@ class Decoder(nn.Module, DecoderFromHub):
         return self.head(self(codes[:, None], **rows.inputs(), cache=cache, start=start).last_hidden[:, -1])
 
     @property
+    def hidden_size(self) -> int:
+        """Width D of the states."""
+        return self.settings.hidden_size
+
+    @property
     def lm_head(self) -> Head | CalledHead:
         """The head as the loss takes it; it holds the decoder's own weights."""
         return head_of(self.output)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from arra.errors import ArraError
-from arra.models.causal import CausalLM
+from arra.models.causal import CausalLM, LanguageCache
+from arra.models.growing import growing_cache
 
 Start = Literal["codebook", "mean"]
 
@@ -26,7 +27,9 @@ ROW_MULTIPLE = 8
 """Rows of the grown tables are a multiple, which matrix units ask for."""
 ROWS_AT_A_TIME = 8192
 """Rows that are widened to float64 together."""
-CHECKED_TOKENS = 12
+CHECKED_TOKENS, PADDING = 12, 3
+UNFIT = (RuntimeError, ValueError, TypeError, AttributeError, KeyError)
+"""What networks raise that are asked in a way they do not know."""
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 COARSE_TOLERANCE = 3e-2
 """Of half precision, whose logits have three digits."""
@@ -175,29 +178,49 @@ def code_directions(
 
 @torch.inference_mode()
 def check_logits(model: CausalLM, *, source: str, seed: int = 0) -> None:
-    """Nothing, if our states and head give the LM's own logits, and no token sees a later one.
+    """Nothing, if our states and head give the LM's own logits, also from its cache, and no token sees a later one.
 
     Raises:
         ArraError: they do not; the LM does something after or before its head that is not known here.
     """
     generator = torch.Generator().manual_seed(seed)
+    name = type(model.lm).__name__
     tokens = torch.randint(len(embeddings(model.lm)), (2, CHECKED_TOKENS), generator=generator).to(model.device)
     try:
         theirs = model.lm(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float()
         shorter = model.lm(input_ids=tokens[:, :-2], attention_mask=torch.ones_like(tokens[:, :-2])).logits.float()
+        ours = model.lm_head(model(tokens).last_hidden)
+        painted = _painted(model, tokens)
     except IndexError as error:  # of another table with a row for every token
+        raise ArraError(f"{source}: {name} cannot take new tokens ({error}); name another LM") from error
+    except UNFIT as error:
+        reason = " ".join(str(error).split())[:120]
         raise ArraError(
-            f"{source}: {type(model.lm).__name__} cannot take new tokens ({error}); name another LM"
+            f"{source}: {name} cannot be asked as training and painting do ({reason}); name another LM"
         ) from error
     bound = TOLERANCE.get(next(model.lm.parameters()).dtype, COARSE_TOLERANCE) * max(1.0, float(theirs.abs().max()))
     if not float((shorter - theirs[:, :-2]).abs().max()) <= bound:
         raise ArraError(
-            f"{source}: {type(model.lm).__name__} lets tokens see later ones (or gives no finite logits); expected a "
-            "causal language model"
+            f"{source}: {name} lets tokens see later ones (or gives no finite logits); expected a causal language model"
         )
-    ours = model.lm_head(model(tokens).last_hidden)
     if not float((ours - theirs).abs().max()) <= bound:
         raise ArraError(
-            f"{source}: the head of {type(model.lm).__name__} does more than is known here (scale, bias, soft cap): "
-            f"logits differ by {float((ours - theirs).abs().max()):.2g}; name another LM"
+            f"{source}: the head of {name} does more than is known here (scale, bias, soft cap): logits differ by "
+            f"{float((ours - theirs).abs().max()):.2g}; name another LM"
         )
+    if not float((painted - theirs).abs().max()) <= bound:
+        raise ArraError(f"{source}: {name} gives other logits from its cache or beside padding; name another LM")
+
+
+def _painted(model: CausalLM, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S V"]:
+    """Logits as painting comes by them: behind padding, the beginning at once, then a token and then two."""
+    padding = tokens.new_zeros(len(tokens), PADDING)
+    padded = torch.cat([padding, tokens], dim=1)
+    mask = torch.cat([padding.bool(), torch.ones_like(tokens, dtype=torch.bool)], dim=1)
+    end = padded.shape[1]
+    cache = LanguageCache(growing_cache(model.lm.config, room=end), 0, model.lm_head)
+    parts = [
+        model(padded[:, start:stop], prefix_mask=mask, cache=cache, start=start).last_hidden
+        for start, stop in ((0, end - 3), (end - 3, end - 2), (end - 2, end))
+    ]
+    return model.lm_head(torch.cat(parts, dim=1)[:, PADDING:])

@@ -8,7 +8,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,21 +54,23 @@ def save_language_model(model: CausalLM, folder: Path) -> None:
         place = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         with writing(folder):
-            try:
-                with quiet():
-                    model.lm.save_pretrained(place, state_dict=_plain_state(model), max_shard_size=MAX_SHARD_SIZE)  # type: ignore[operator]
-            except safetensors.SafetensorError as error:  # how the library tells a full disk
-                raise ArraError(f"{folder}: cannot be written ({error}); free space and try again") from error
-            for name, text in model.companions.items():
-                atomic_write(place / name, text)
-            if model.text_tokenizer is not None:
-                model.text_tokenizer.save(place / TOKENIZER_FILE)
+            write_files(model, place, _plain_state(model), max_shard_size=MAX_SHARD_SIZE)
             for file in sorted(place.iterdir()):
                 os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     card = {"kind": KIND, "settings": model.settings.model_dump(mode="json"), "about": model.about}
     atomic_write(folder / CARD_FILE, json.dumps(card, indent=2) + "\n")
+
+
+def write_files(model: CausalLM, folder: Path, state: Mapping[str, Tensor], *, max_shard_size: str) -> None:
+    """Nothing; the folder holds these weights, the configuration and the tokenizer as Hugging Face has them."""
+    with quiet():  # it takes the dict apart
+        model.lm.save_pretrained(folder, state_dict=dict(state), max_shard_size=max_shard_size)  # type: ignore[operator]
+    for name, text in model.companions.items():
+        atomic_write(folder / name, text)
+    if model.text_tokenizer is not None:
+        model.text_tokenizer.save(folder / TOKENIZER_FILE)
 
 
 def _plain_state(model: CausalLM) -> dict[str, Tensor]:
@@ -120,14 +122,14 @@ def read_language_card(folder: Path) -> LanguageCard:
     return LanguageCard(settings, text, about)
 
 
-def load_language_model(folder: Path, *, dtype: torch.dtype | None, quantization: Any = None) -> CausalLM:
+def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> CausalLM:
     """The model of a folder in eval mode.
 
     Raises: ArraError when files are missing or damaged, or do not fit together.
     """
     card = read_language_card(folder)
     settings = card.settings
-    lm = read_language_model(folder, dtype=dtype, head_norm_rows=settings.head_norm_rows, quantization=quantization)
+    lm = read_language_model(folder, dtype=dtype, head_norm_rows=settings.head_norm_rows)
     model = CausalLM(
         lm,
         layout=settings.layout,
@@ -168,59 +170,59 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_language_model(
-    source: Path | str,
-    *,
-    dtype: torch.dtype | None,
-    head_norm_rows: int | None = None,
-    quantization: Any = None,
-    revision: str | None = None,
-) -> nn.Module:
-    """A causal LM of `transformers` in eval mode, from a folder or a hub's repository; nothing in it can run.
+def read_language_model(folder: Path, *, dtype: torch.dtype | None, head_norm_rows: int | None = None) -> nn.Module:
+    """A causal LM of `transformers` in eval mode; nothing in the folder can run, nothing outside is read.
 
     Raises: ArraError when it cannot be read, or lacks weights.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
-        raise ArraError("language models need transformers: pip install -e '.[llm]' -c constraints.txt") from error
-    local = Path(source).is_dir()
-    told = {"trust_remote_code": False, "local_files_only": local, "revision": revision or "main"}
-    if local and not (Path(source) / CONFIG_FILE).is_file():
-        raise ArraError(f"{source}: no {CONFIG_FILE} in it; expected a language model's folder in Hugging Face layout")
-    if local:
-        _check_folder(Path(source))
+        raise ArraError(
+            "language models: the package 'transformers' is missing; pip install 'arra[llm]' -c constraints.txt"
+        ) from error
+    _check_folder(folder)
+    told = {"trust_remote_code": False, "local_files_only": True}
     try:
-        config = AutoConfig.from_pretrained(source, **told)
+        config = AutoConfig.from_pretrained(folder, **told)
         config._attn_implementation = None  # it may name a repository whose code would be fetched and run
         if config.model_type == "chameleon":
             from arra.models.chameleon import read_chameleon, share_head_norms
 
-            lm = read_chameleon(Path(source), dtype=dtype).lm
+            lm = read_chameleon(folder, dtype=dtype).lm
             if head_norm_rows is not None:
                 share_head_norms(lm, head_norm_rows)
             return lm.eval()
         with quiet():  # what it would warn of is refused below
             lm, info = AutoModelForCausalLM.from_pretrained(
-                source,
+                folder,
                 config=config,
                 dtype="auto" if dtype is None else dtype,
-                use_safetensors=True if local and any(Path(source).glob("*.safetensors")) else None,
+                use_safetensors=True if any(folder.glob("*.safetensors")) else None,
                 weights_only=True,
-                quantization_config=quantization,
                 output_loading_info=True,
                 **told,
             )
     except BROKEN as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        pickled = isinstance(error, pickle.UnpicklingError)
+        told_so = (
+            "a pickle that is damaged or holds more than tensors" if pickled else f"{type(error).__name__}: {error}"
+        )
         raise ArraError(
-            f"{source}: no causal language model that can be read ({reason}); check name and files"
+            f"{folder}: no causal language model that can be read ({' '.join(told_so.split())[:200]}); check name and "
+            "files"
         ) from error
     absent = sorted([*info["missing_keys"], *(str(each[0]) for each in info["mismatched_keys"])])
     if absent:
         raise ArraError(
-            f"{source}: weights missing or of another shape than config.json says: {', '.join(absent[:4])}"
+            f"{folder}: weights missing or of another shape than config.json says: {', '.join(absent[:4])}"
             f"{f' and {len(absent) - 4} more' if len(absent) > 4 else ''}; fetch the folder again"
+        )
+    lists = tuple(f"{name}." for name, module in lm.named_modules() if isinstance(module, nn.ModuleList))
+    if beyond := sorted(key for key in info["unexpected_keys"] if key.startswith(lists)):
+        raise ArraError(
+            f"{folder}: weights that the network of config.json has no place for: {', '.join(beyond[:4])}"
+            f"{f' and {len(beyond) - 4} more' if len(beyond) > 4 else ''}; fetch the folder again"
         )
     loaded: nn.Module = lm.eval()
     return loaded
@@ -232,6 +234,8 @@ def _check_folder(folder: Path) -> None:
     Raises: ArraError where `transformers` would read what is outside the folder, or make another network of it.
     """
     path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ArraError(f"{folder}: no {CONFIG_FILE} in it; expected a language model's folder in Hugging Face layout")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -23,7 +23,7 @@ from arra.models.extend import Start, add_tokens, check_logits, embeddings, grow
 from arra.models.head import head_losses
 from arra.models.language_folder import TOKENIZER_FILE, quiet, read_companions, read_language_model
 from arra.runs import file_hash
-from arra.stages.weights import DTYPES, Done
+from arra.stages.weights import DTYPES, Done, read_template
 from arra.tokenizers.image import ImageTokenizer, load_tokenizer
 from arra.tokenizers.prompts import prompt_tokenizer
 from arra.tokenizers.vocabulary import generic_layout, generic_names
@@ -70,8 +70,7 @@ def init_painter(
         raise ArraError(f"--start {start}: unknown; expected {' or '.join(get_args(Start))}")
     if dtype is not None and dtype not in DTYPES:
         raise ArraError(f"--dtype {dtype}: unknown; expected one of {', '.join(DTYPES)}")
-    if template.count("{prompt}") != 1:
-        raise ArraError(f"--template {template!r}: expected a text with {{prompt}} in it, once")
+    read_template(template)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ArraError(f"{out}: exists already; name a new folder")
     images = load_tokenizer(tokenizer, weights=tokenizer_weights)

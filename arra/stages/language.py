@@ -3,6 +3,7 @@
 Legend: N records of a split, h w code grid.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +21,11 @@ from arra.data.store import Store
 from arra.errors import ArraError
 from arra.models.adapters import LoraSettings, add_lora, merge_adapters, quantize, save_adapter, train_head_rows
 from arra.models.causal import CausalLM
-from arra.models.language_folder import LanguageCard, load_language_model, read_language_card
+from arra.models.language_folder import CARD_FILE, CONFIG_FILE, LanguageCard, load_language_model, read_language_card
+from arra.runs import file_hash
 from arra.stages.captions import CAPTIONS_AT_A_TIME, Encodes, StoreCaptions
 from arra.stages.makers import CODES
-from arra.stages.model import tokenizer_network
+from arra.stages.model import WEIGHTS_NAMES, tokenizer_network
 from arra.tokenizers import ImageTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,6 +71,36 @@ def language_section(recipe: Recipe) -> LanguageSection:
     return recipe.model.llm
 
 
+def is_hugging_face(folder: Path) -> bool:
+    """Whether a folder holds a model of `transformers`, one that paints or not."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
+
+
+def language_folder(recipe: Recipe) -> str:
+    """The folder of the recipe's language model.
+
+    Raises:
+        ArraError: it is not there, or holds no painting language model.
+    """
+    folder = Path(language_section(recipe).folder)
+    if not folder.is_dir():
+        missing = "no such folder"
+    elif not (folder / CARD_FILE).is_file():
+        missing = f"no {CARD_FILE} in it"
+    elif not any((folder / name).is_file() for name in WEIGHTS_NAMES):
+        missing = "no weights in it"
+    else:
+        return language_section(recipe).folder
+    raise ArraError(
+        f"model.llm.folder: {folder}: {missing}; expected one made by arra init or arra import, or a finished run of a "
+        "language model"
+    )
+
+
 def language_card(recipe: Recipe, tokenizer: ImageTokenizer | None = None) -> LanguageCard:
     """What the language model's folder says, in the recipe's words where it has its own.
 
@@ -92,9 +124,20 @@ def language_card(recipe: Recipe, tokenizer: ImageTokenizer | None = None) -> La
         theirs, ours = (f"{of.get('tokenizer')} {str(of.get('weights'))[:12]}" for of in (codes_of, tokenizer.codes_of))
         raise ArraError(f"tokenizer.name: {section.folder} was made for codes of {theirs}, the recipe has {ours}")
     grid = None if recipe.data.crop.kind == "buckets" else square(recipe, downsampling)
+    if grid is None and not says_shape(layout):
+        raise ArraError(
+            f"data.crop.kind: buckets, but {section.folder} writes neither sides nor ends of rows, so no picture could "
+            "say its shape; use center, or a model with them (arra init --rows, --layout lumina)"
+        )
     settings = card.settings.model_copy(update={"layout": layout, "grid": grid or card.settings.grid})
     layout.check_grid(settings.grid)
     return replace(card, settings=settings)
+
+
+def says_shape(layout: ImageLayout) -> bool:
+    """Whether a sequence tells the shape of its picture, so that a model can paint more than one."""
+    told = layout.first_size is not None or layout.new_line is not None
+    return told or ("{width}" in layout.template and "{height}" in layout.template)
 
 
 def square(recipe: Recipe, downsampling: int) -> Grid:
@@ -202,6 +245,18 @@ def text_rows(section: TextSection, card: LanguageCard) -> tuple[TextRows, TextR
     return rows.split(section.held_out_share)
 
 
+def text_hash(section: TextSection) -> str:
+    """The SHA-256 of the text that is read beside pictures.
+
+    Raises:
+        ArraError: the file cannot be read.
+    """
+    try:
+        return file_hash(section.path)
+    except OSError as error:
+        raise ArraError(f"model.llm.text.path: {section.path}: cannot be read ({error.strerror})") from error
+
+
 def read_texts(path: Path) -> list[str]:
     """The documents of a file: of .jsonl each line's "text", of any other the whole file.
 
@@ -209,19 +264,23 @@ def read_texts(path: Path) -> list[str]:
         ArraError: it cannot be read, or a line has no text.
     """
     try:
-        if path.suffix != ".jsonl":
-            return [path.read_text(encoding="utf-8")]
-        found = []
-        for number, line in read_lines(path):
-            row = parse_json(line)
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise ArraError(f'{path}: line {number}: expected {{"text": "..."}}')
-            found.append(row["text"])
-        return found
+        if path.suffix == ".jsonl":
+            return [_text_of(line, where=f"{path}: line {number}") for number, line in read_lines(path)]
+        return [path.read_text(encoding="utf-8")]
     except OSError as error:
         raise ArraError(f"{path}: cannot be read ({error.strerror}); expected a text file, or .jsonl") from error
+    except UnicodeDecodeError as error:
+        raise ArraError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def _text_of(line: bytes, *, where: str) -> str:
+    try:
+        row = parse_json(line)
     except ValueError as error:
-        raise ArraError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+        raise ArraError(f'{where}: {error}; expected {{"text": "..."}}') from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ArraError(f'{where}: expected {{"text": "..."}}')
+    return str(row["text"])
 
 
 def first_language_model(recipe: Recipe, card: LanguageCard) -> CausalLM:

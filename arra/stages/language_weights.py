@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 
 from arra.errors import ArraError
@@ -22,10 +21,9 @@ from arra.models.chameleon_painter import ChameleonOptions, open_chameleon
 from arra.models.language_folder import (
     CARD_FILE,
     KIND,
-    TOKENIZER_FILE,
     load_language_model,
-    quiet,
     save_language_model,
+    write_files,
 )
 from arra.models.weights import Entry
 from arra.runs import atomic_write, file_hash, writing
@@ -144,17 +142,9 @@ def export_language_model(folder: Path, out: Path, *, to: str, dtype: torch.dtyp
         place = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         with writing(out):
-            try:
-                with quiet():  # it takes the dict apart
-                    model.lm.save_pretrained(place, state_dict=dict(state), max_shard_size=SHARD_SIZE)  # type: ignore[operator]
-            except safetensors.SafetensorError as error:  # how the library tells a full disk
-                raise ArraError(f"{out}: cannot be written ({error}); free space and try again") from error
+            write_files(model, place, state, max_shard_size=SHARD_SIZE)
             if to == "lumina":
                 atomic_write(place / "config.json", json.dumps(_lumina_config(model, state), indent=2) + "\n")
-            for name, text in model.companions.items():
-                atomic_write(place / name, text)
-            if model.text_tokenizer is not None:
-                model.text_tokenizer.save(place / TOKENIZER_FILE)
             place.chmod(0o755)  # mkdtemp's folder is its owner's alone
             os.replace(place, out)
     finally:

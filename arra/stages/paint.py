@@ -21,10 +21,12 @@ from arra.data.store import Store
 from arra.distributed import choose_device
 from arra.errors import ArraError
 from arra.models import CausalLM, Painter, load_model
+from arra.models.chameleon import is_chameleon
 from arra.report.grids import GridColumn, png_bytes, sample_grid
 from arra.runs import Run, atomic_file, atomic_write, writing
 from arra.sample.generate import generate
 from arra.sample.logits import SamplingSettings
+from arra.stages.language import is_hugging_face, says_shape
 from arra.stages.model import weights_hash
 from arra.stages.origin import columns_of, find_store, noted
 from arra.stages.wishes import Wishes, prompt_wishes
@@ -83,6 +85,8 @@ def load_painter(folder: Path, *, tokenizer: str | None = None, tokenizer_weight
     Raises:
         ArraError: neither of the two, an unfinished run, or no tokenizer that fits.
     """
+    if not any((folder / name).is_file() for name in ("recipe.yaml", "model.json")):
+        _refuse_raw(folder)
     if (folder / "recipe.yaml").is_file() or not (folder / "model.json").is_file():
         return load_run(folder, tokenizer=tokenizer, tokenizer_weights=tokenizer_weights)
     model = load_model(folder)
@@ -97,6 +101,17 @@ def load_painter(folder: Path, *, tokenizer: str | None = None, tokenizer_weight
         model, tokenizer, tokenizer_weights, codes_of=codes_of if isinstance(codes_of, dict) else None
     )
     return LoadedDecoder(folder, model, own, _own_sampling(model), None)
+
+
+def _refuse_raw(folder: Path) -> None:
+    """Nothing; a folder of others' weights is told what makes a model of it."""
+    if is_chameleon(folder):
+        raise ArraError(f"{folder}: others' weights as they are; make a model of them: arra import {folder} OUT")
+    if is_hugging_face(folder):
+        raise ArraError(
+            f"{folder}: a language model that knows no pictures; make it a painter, and train it: "
+            f"arra init OUT --llm {folder} --tokenizer NAME"
+        )
 
 
 def _example_tokenizer(model: Painter) -> str:
@@ -320,6 +335,12 @@ def parse_grid(model: Painter, text: str | None) -> tuple[int, int] | None:
     if width % step or height % step:
         raise ArraError(f"--image-size {text}: sides must be multiples of {step} pixels, those of one code")
     grid = (height // step, width // step)
-    model.layout.check_grid(grid)
+    if grid != model.settings.grid and not says_shape(model.layout):
+        own = " x ".join(str(side * step) for side in reversed(model.settings.grid))
+        raise ArraError(f"--image-size {text}: this model's pictures do not say their shape; it paints {own} alone")
+    try:
+        model.layout.check_grid(grid)
+    except ArraError as error:
+        raise ArraError(f"--image-size {text}: {error}") from error
     model.layout.check_fits(0, grid, where=f"--image-size {text}")
     return grid

@@ -24,6 +24,7 @@ from arra.distributed import choose_device, set_threads
 from arra.encoders import encoder_spec
 from arra.errors import ArraError
 from arra.models import Decoder, Painter, save_model
+from arra.models.adapters import load_bitsandbytes
 from arra.models.causal import CausalLM
 from arra.models.language_folder import CARD_FILE as LANGUAGE_CARD
 from arra.models.language_folder import LanguageCard
@@ -37,13 +38,23 @@ from arra.stages.language import (
     finish_language_model,
     first_language_model,
     held_out_batches,
+    is_hugging_face,
     language_card,
+    language_folder,
     prompt_conditions,
     shapes_of,
+    text_hash,
     text_rows,
 )
 from arra.stages.makers import center_variant, crop_of
-from arra.stages.model import build_model, decoder_settings, text_tokenizer_of, tokenizer_network, weights_hash
+from arra.stages.model import (
+    WEIGHTS_NAMES,
+    build_model,
+    decoder_settings,
+    text_tokenizer_of,
+    tokenizer_network,
+    weights_hash,
+)
 from arra.stages.origin import columns_of, note_store
 from arra.stages.pictures import (
     OnlinePictures,
@@ -63,6 +74,8 @@ from arra.train.alignment import build_alignment
 from arra.train.loop import Trainer
 
 NUM_PREVIEWS = 8
+MODEL_FILES = (LANGUAGE_CARD, "config.json", *WEIGHTS_NAMES, WEIGHTS_FILE)
+"""What a folder of a model or a tokenizer has, and a run not before its end."""
 MAX_TEXT_ROWS, TEXT_ROWS_AT_A_TIME = 256, 16
 """Of held-out text on which a language model is watched."""
 
@@ -234,10 +247,16 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, 
         "seed": recipe.train.seed,
         "threads": torch.get_num_threads(),
     }
-    start = recipe.model.weights if recipe.model.llm is None else recipe.model.llm.folder
+    start = given_weights(recipe)
     if start is not None:
         manifest["weights_sha256"] = weights_hash(start)
+    if recipe.model.llm is not None and recipe.model.llm.text is not None:
+        manifest["text_sha256"] = text_hash(recipe.model.llm.text)
     begun = (folder / "recipe.yaml").is_file()
+    if not begun:
+        refuse_models_folder(folder)
+        if recipe.train.optimizer == "adamw8bit":  # a missing library leaves no run behind either
+            load_bitsandbytes("train.optimizer: adamw8bit")
     if begun and is_finished(run := Run.create(folder, dump_recipe(recipe), manifest), recipe):
         with suppress(ArraError):  # it may lie on a read-only disk
             note_store(folder, store)
@@ -260,8 +279,9 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, 
                 atomic_write(folder / "tokenizer" / name, (own / name).read_bytes())
         alignment = None
         if recipe.align is not None and data.features is not None:
-            width = model.hidden_size if isinstance(model, CausalLM) else model.settings.hidden_size
-            alignment = build_alignment(recipe.align, data.features, hidden_size=width, seed=recipe.train.seed)
+            alignment = build_alignment(
+                recipe.align, data.features, hidden_size=model.hidden_size, seed=recipe.train.seed
+            )
             alignment = alignment.to(device)
         trainer = Trainer(
             model=model,
@@ -287,6 +307,35 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, 
                 finish_language_model(recipe, model, folder)
             save_model(model, folder)
     return run
+
+
+def given_weights(recipe: Recipe) -> str | None:
+    """What training starts from; None begins afresh.
+
+    Raises:
+        ArraError: a language model where the decoder's weights are named, or none where one is.
+    """
+    if recipe.model.llm is not None:
+        return language_folder(recipe)
+    weights = recipe.model.weights
+    if weights is not None and is_hugging_face(Path(weights)):
+        raise ArraError(
+            f"model.weights: {weights} is a language model, no decoder; name it as model.llm.folder instead"
+        )
+    return weights
+
+
+def refuse_models_folder(folder: Path) -> None:
+    """Nothing.
+
+    Raises:
+        ArraError: a folder that is no run holds a model or a tokenizer, which training would write over.
+    """
+    if found := [name for name in MODEL_FILES if (folder / name).exists()]:
+        raise ArraError(
+            f"{folder}: holds a model already ({found[0]}), which training would write over; name a new folder with "
+            "--out"
+        )
 
 
 def first_model(recipe: Recipe, data: TrainingData) -> Painter:

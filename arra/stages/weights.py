@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arra.config import check_template
 from arra.errors import ArraError
 from arra.models import load_decoder, open_weights, save_model
 from arra.models.chameleon import is_chameleon
@@ -77,6 +78,7 @@ def import_weights(
     if (source / "model.json").is_file() or (source / WEIGHTS_FILE).is_file():
         raise ArraError(f"{source}: in arra's format already; use it as it is")
     _refuse_used(out)
+    read_template(template)
     of_language = {
         "--text-tokenizer": text_tokenizer, "--zero-image-head": zero_image_head, "--layout": layout,
         "--template": template, "--image-size": image_size,
@@ -103,6 +105,18 @@ def import_weights(
             raise ArraError(f"{source}: a VQ tokenizer, whose shapes tell everything; drop --size, --num-heads, --grid")
         return _import_tokenizer(weights, out, how)
     return _import_decoder(weights, out, known, how)
+
+
+def read_template(text: str | None) -> None:
+    """Nothing.
+
+    Raises:
+        ArraError: `--template` has no place for the prompt, or one that nothing fills.
+    """
+    try:
+        check_template("{prompt}" if text is None else text)
+    except ValueError as error:
+        raise ArraError(f"--template: {error}") from error
 
 
 def _refuse_options(options: Mapping[str, Any], because: str) -> None:
@@ -201,13 +215,21 @@ def export_weights(
     Raises:
         ArraError: the other code could not run the model, or there is none in the folder.
     """
+    if not folder.is_dir():
+        raise ArraError(f"{folder}: no such folder; expected a run, or a folder of a decoder or a tokenizer")
     if is_language_model(folder):
+        if layout != "train":
+            raise ArraError(f"--layout {layout}: of LlamaGen's checkpoints, {folder} is a language model; leave it out")
         to = to or "hf"
         rows, model_type = export_language_model(folder, out, to=to, dtype=_dtype(dtype))
         return Done(out, rows, reader_hint(out, to=to, model_type=model_type))
     dtype = dtype or "float32"
     if to == "chameleon":
         return _export_vqgan(folder, out, dtype)
+    if to in ("hf", "lumina"):
+        raise ArraError(
+            f"--to {to}: writes a language model, and {folder} is none of arra's; use llamagen or chameleon"
+        )
     if to not in (None, "llamagen"):
         raise ArraError(
             f"--to {to}: unknown; expected llamagen, for a language model hf or lumina, for Chameleon's tokenizer "
@@ -255,8 +277,6 @@ def _original(folder: Path, out: Path, *, dtype: torch.dtype, bare: bool) -> tup
         network = load_tokenizer(folder).model
         state = original_vq_state(network, dtype, source=str(folder))
         return state, vq_launch_hint(network.settings, file=str(out))
-    if not folder.is_dir():
-        raise ArraError(f"{folder}: no such folder; expected a run, or a folder of a decoder or a tokenizer")
     model = load_decoder(folder, dtype=None)
     state = original_state(model, dtype, source=str(folder))
     return state, launch_hint(model.settings, file=str(out), bare=bare)

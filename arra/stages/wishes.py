@@ -85,6 +85,8 @@ def prompt_wishes(
     if isinstance(model, Decoder) and model.settings.condition == "class":
         raise ArraError(f"--prompt: this model paints classes; give --label, one of {_range(model)}")
     facts = [{"prompt": prompt} for prompt in prompts]
+    if folder is not None and model.settings.condition == "text":
+        raise ArraError("--text-encoder: this model reads its prompts itself; leave it out")
     if isinstance(model, CausalLM):  # it says itself what does not fit
         return Wishes(list(prompts), facts)
     if model.settings.condition == "text":

@@ -101,12 +101,7 @@ class ImageTokenizer(FromHub):
         """Nothing; the folder holds the weights (safetensors, float16 if `half`) and the card."""
         state = {k: (v.half() if half else v).contiguous() for k, v in self.model.state_dict().items()}
         with atomic_file(folder / WEIGHTS_FILE) as path:
-            try:
-                safetensors.torch.save_file(state, path)
-            except safetensors.SafetensorError as error:  # how the library tells a full disk
-                raise ArraError(
-                    f"{folder / WEIGHTS_FILE}: cannot be written ({error}); free space and try again"
-                ) from error
+            safetensors.torch.save_file(state, path)
         card = {"kind": "vq", "name": self.name, "settings": self.model.settings.model_dump(mode="json")}
         card |= {"sha256": file_hash(folder / WEIGHTS_FILE), "about": self.about}
         atomic_write(folder / CARD_FILE, json.dumps(card, indent=2) + "\n")

@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from arra.errors import ArraError
 from arra.runs import atomic_file, atomic_write, file_hash
 
 
@@ -32,10 +31,7 @@ def save_checkpoint(folder: Path, *, step: int, seconds: float, tensors: dict[st
     """Nothing; the checkpoint is in the folder, and older ones beyond `keep` are gone."""
     weights = folder / f"step-{step:07d}.safetensors"
     with atomic_file(weights) as path:
-        try:
-            safetensors.torch.save_file(_apart(tensors), path)
-        except safetensors.SafetensorError as error:  # how the library tells a full disk
-            raise ArraError(f"{weights}: cannot be written ({error}); free space and run again to continue") from error
+        safetensors.torch.save_file(_apart(tensors), path)
     card = {"step": step, "seconds": seconds, "sha256": file_hash(weights)}
     atomic_write(weights.with_suffix(".json"), json.dumps(card) + "\n")
     for old in sorted(folder.glob("step-*.json"))[:-keep]:

@@ -4,6 +4,7 @@ Legend: M N sides of a matrix, G matrices of one shape.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from arra.train.settings import TrainSettings
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+BLOCK = re.compile(r"\.(layers|h|blocks)\.\d+\.")
+"""In names of parameters: of ours and most of `transformers`' networks, of GPT-2 and its kin, of MPT."""
 FUSED_DEVICES = ("cpu", "cuda")
 """Where one kernel updates a tensor: a third of the time of torch's loop on a CPU, and no temporary of its size."""
 
@@ -77,12 +80,15 @@ def orthogonalized(matrices: Float[Tensor, "G M N"]) -> Float[Tensor, "G M N"]:
 def make_optimizers(parameters: dict[str, nn.Parameter], settings: TrainSettings) -> list[torch.optim.Optimizer]:
     """The optimisers of named parameters; weight decay falls on tensors of two or more dimensions only.
 
-    With "muon" the matrices inside the blocks (`.layers.` in their names) are Muon's; embeddings, head, norms and the
-    projector stay with AdamW. With "adamw8bit" AdamW's two moments take a byte each, but for small tensors.
-    Raises: ArraError when the 8-bit optimiser's library is missing or cannot run on the parameters' device.
+    With "muon" the matrices inside the blocks are Muon's; embeddings, head, norms and the projector stay with AdamW.
+    With "adamw8bit" AdamW's two moments take a byte each, but for small tensors.
+    Raises: ArraError when Muon has nothing to train, when the 8-bit optimiser's library is missing or cannot run on
+    the parameters' device.
     """
     s = settings
-    inner = {name for name, p in parameters.items() if s.optimizer == "muon" and p.dim() == 2 and ".layers." in name}
+    inner = {name for name, p in parameters.items() if s.optimizer == "muon" and p.dim() == 2 and BLOCK.search(name)}
+    if s.optimizer == "muon" and not inner:
+        raise ArraError("train.optimizer: muon is for the matrices of blocks, and none of them is trained; use adamw")
     rest = [parameter for name, parameter in parameters.items() if name not in inner]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": s.weight_decay},

@@ -138,3 +138,17 @@ def test_greedy_images(name: str) -> None:
         assert tokens[-1] == chosen
     height, width = (int(side) for side in name.split("_")[2].split("x"))
     assert LAYOUT.read_image(tokens).shape == (2 * height, 2 * width)
+
+
+@pytest.mark.parametrize("name", [name.split("/")[0] for name in GOLD if name.endswith("/prompt")])
+def test_images_of_the_references_generate(name: str) -> None:
+    """Every token that it chose is one that may stand there, with and without guidance."""
+    tokens = GOLD[f"{name}/prompt"].tolist()
+    for chosen in GOLD[f"{name}/tokens"].tolist():
+        state = image_state(LAYOUT, tokens)
+        assert state.forced in (None, chosen)
+        assert state.codes_only == (4 <= chosen < 8196)
+        tokens.append(chosen)
+    height, width = (int(side) for side in name.split("_")[2].split("x"))
+    assert LAYOUT.read_image(tokens).shape == (2 * height, 2 * width)
+    assert image_state(LAYOUT, tokens).start is None

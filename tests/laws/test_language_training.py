@@ -17,7 +17,7 @@ from arra.models import CausalLM
 from arra.runs import Run
 from arra.stages.language import LoraSettings, add_lora, train_head_rows
 from arra.train.alignment import build_alignment
-from arra.train.loop import Trainer, select
+from arra.train.loop import Trainer, select, validation_loss
 from arra.train.objective import compute_losses
 from arra.train.settings import AlignSettings, TrainSettings
 from tests.models.toy_lms import toy_lm
@@ -196,8 +196,12 @@ def test_micro_batches_are_the_whole_batch(size: int, tmp_path: Path) -> None:
         for name, each in (("whole", None), ("parts", size))
     )
     losses = [trainer.accumulate(trainer.batches.batch(0)) for trainer in (whole, parts)]
+    batch = whole.batches.batch(0)
+    assert not bool(batch.predicting.any(1).all())  # rows of text have no picture
+    losses.append(compute_losses(whole.model, batch, whole.alignment, z_weight=0.1))  # the plain means
     for name in ("total", "ntp", "z", "gva"):
-        torch.testing.assert_close(getattr(losses[1], name), getattr(losses[0], name), atol=1e-5, rtol=1e-5)
+        for other in losses[1:]:
+            torch.testing.assert_close(getattr(other, name), getattr(losses[0], name), atol=1e-5, rtol=1e-5)
     for name, parameter in parts.parameters.items():
         torch.testing.assert_close(parameter.grad, whole.parameters[name].grad, atol=1e-5, rtol=1e-4)
 
@@ -243,6 +247,17 @@ def test_the_language_is_watched(tmp_path: Path) -> None:
     assert watched[1] < watched[0] < 4
 
 
+def test_validation_counts_codes_and_of_text_every_token() -> None:
+    """What else a picture's turn holds is forced when painting, and would make the loss look small."""
+    model, pictures = painter().eval(), written_batch(PROMPTS, features=False)
+    text = TextRows(3 + torch.arange(16).view(2, 8)).batch(torch.arange(2))
+    for batch, counted in ((pictures, pictures.predicting), (text, torch.ones(2, 7, dtype=torch.bool))):
+        with torch.no_grad():
+            logits = model.lm_head(model(batch.tokens[:, :-1]).last_hidden)[counted]
+        expected = torch.nn.functional.cross_entropy(logits, batch.tokens[:, 1:][counted])
+        assert validation_loss(model, [batch]) == pytest.approx(expected.item(), abs=1e-5)
+
+
 def test_text_rows_depend_on_the_step_alone() -> None:
     batches = make_batches(features=False, text_rows=2)
     first, second = batches.batch(3), batches.batch(3)
@@ -258,6 +273,7 @@ def test_cutting_text_loses_only_the_last_row() -> None:
     assert rows.ids.tolist() == [[1, 2, 3], [9, 4, 5], [6, 7, 9]]
     own, watched = rows.split(0.1)
     assert (len(own), len(watched)) == (2, 1)
+    assert [len(part) for part in rows.split(1.0)] == [1, 2]  # something is always left to train on
     with pytest.raises(ValueError, match="4 tokens fill no row of 9"):
         TextRows.cut([[1, 2, 3]], length=9, between=[9])
 

@@ -226,7 +226,7 @@ def test_mistakes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         lora(lm, targets=("lm_head",))
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ArraError, match=r"need peft; pip install -e '\.\[llm\]'"):
+    with pytest.raises(ArraError, match=r"the package 'peft' is missing; pip install 'arra\[llm\]'"):
         lora(lm)
-    with pytest.raises(ArraError, match=r"needs bitsandbytes; pip install -e '\.\[lean\]'"):
+    with pytest.raises(ArraError, match=r"the package 'bitsandbytes' is missing; pip install 'arra\[lean\]'"):
         quantize(lm)

@@ -1,17 +1,23 @@
 """A Hugging Face LM in the place of a decoder: same logits as the library's, cached as whole, alone as in company."""
 
+import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import arra
 from arra.data.layout import ImageLayout
 from arra.errors import ArraError
 from arra.models import CausalLM, load_model, save_model
+from arra.models.adapters import LoraSettings, add_lora, merge_adapters
+from arra.models.extend import is_tied
 from arra.sample.generate import generate
 from arra.tokenizers.prompts import prompt_tokenizer
 from tests.models.toy_lms import FAMILIES, toy_lm, toy_words
@@ -102,6 +108,26 @@ def test_decoding_with_the_cache_is_the_whole_pass(model: CausalLM, cfg_scale: f
 
 
 @torch.no_grad()
+def test_ids_of_codes_in_any_order() -> None:
+    """Fed, read and predicted by the layout's table, by both ways through the network."""
+    order = torch.randperm(CODES, generator=torch.Generator().manual_seed(2)) + TEXT + 11
+    model = painter(written=layout(code_order=tuple(order.tolist())))
+    codes = torch.randint(CODES, (3, *GRID), generator=torch.Generator().manual_seed(1))
+    logits = model.logits(codes, prompts=PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        tokens = whole(model, prompt, codes[row])
+        places = torch.isin(tokens[0], order).nonzero()[:, 0] - 1
+        theirs = model.lm(input_ids=tokens, use_cache=False).logits[0, places][:, order]
+        torch.testing.assert_close(logits[row], theirs, atol=1e-4, rtol=1e-4)
+    condition = model.condition(prompts=PROMPTS)
+    cache, found = model.prefill(condition, codes.flatten(1)[:, :2], grid=GRID)
+    for index in range(2, GRID[0] * GRID[1]):
+        torch.testing.assert_close(found, logits[:, index], atol=1e-4, rtol=1e-3)
+        if index + 1 < GRID[0] * GRID[1]:
+            found = model.decode_step(condition, cache, codes=codes.flatten(1)[:, index], index=index, grid=GRID)
+
+
+@torch.no_grad()
 def test_guidance_sees_what_training_drops_to() -> None:
     """Lumina's null row: the picture alone, its begin at position 0, with no word and no begin-of-sequence."""
     model = painter(written=layout(unconditional="image_only"))
@@ -141,11 +167,25 @@ def test_a_finished_picture_always_results(grid: tuple[int, int], changes: dict[
 
 
 @torch.no_grad()
-def test_guidance_may_end_and_codes_may_be_given() -> None:
+@pytest.mark.parametrize("count", [1, 5])
+def test_guidance_may_end_and_codes_may_be_given(count: int) -> None:
+    """While painting, or before it begins; then logits are those of the prompt alone."""
     model = painter()
-    given = torch.arange(5)[None]
-    result = generate(model, prompts=PROMPTS, seeds=[1, 2, 3], cfg_scale=2.0, cfg_interval=3, prefix_codes=given)
-    assert (result.codes.flatten(1)[:, :5] == given).all()
+    given = torch.arange(count)[None]
+    seen: dict[int, Tensor] = {}
+    result = generate(
+        model,
+        prompts=PROMPTS,
+        seeds=[1, 2, 3],
+        cfg_scale=2.0,
+        cfg_interval=3,
+        prefix_codes=given,
+        watch=lambda first, index, logits: seen.__setitem__(index, logits),
+    )
+    assert (result.codes.flatten(1)[:, :count] == given).all()
+    plain = model.logits(result.codes, prompts=PROMPTS)
+    for index, logits in seen.items():
+        assert torch.allclose(logits, plain[:, index], atol=2e-4, rtol=1e-3) == (index > 4)  # as LlamaGen counts
     alone = generate(
         model, prompts=PROMPTS[1:2], seeds=[2], cfg_scale=2.0, cfg_interval=3, prefix_codes=given, batch_size=1
     )
@@ -236,6 +276,136 @@ def test_a_network_whose_code_would_come_along_is_refused(tmp_path: Path) -> Non
     with pytest.raises(ArraError, match="no causal language model"):
         load_model(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def set_config(**changes: Any) -> Callable[[Path], None]:
+    def harm(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**content, **changes}))
+
+    return harm
+
+
+def shards_at(name: str) -> Callable[[Path], None]:
+    """The weights moved out of the folder, and an index that names them."""
+
+    def harm(folder: Path) -> None:
+        moved = (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+        keys = load_file(moved)
+        index = {"metadata": {}, "weight_map": {key: name.format(outside=moved) for key in keys}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return harm
+
+
+class Runs:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.mark,))
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Runs(folder.parent / "ran")}, protocol=2))
+
+
+def zipped(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": Runs(folder.parent / "ran")}, folder / "pytorch_model.bin")
+
+
+def with_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/other"}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "match"),
+    [
+        (shards_at("../outside.safetensors"), "index.json: expected the names of files beside it"),
+        (shards_at("{outside}"), "index.json: expected the names of files beside it"),
+        (shards_at("model-00001-of-00001.safetensors"), "shards missing: model-00001"),
+        (pickled, "a pickle that is damaged or holds more than tensors"),
+        (zipped, "a pickle that is damaged or holds more than tensors"),
+        (with_adapter, "adapter_config.json beside the weights; merge the adapter"),
+        (set_config(quantization_config={"quant_method": "gptq", "bits": 4}), r"its weights are quantised \(gptq\)"),
+        (set_config(num_hidden_layers=10**7), "num_hidden_layers is 10000000, expected at most 4096"),
+        (set_config(num_hidden_layers=1), r"no place for: model\.layers\.1\.input_layernorm\.weight, .* and 5 more"),
+        (set_config(num_attention_heads=0), "can be read .ZeroDivisionError"),
+        (set_config(hidden_size="wide"), "can be read .StrictDataclass"),
+        (set_config(dtype="os.system"), "can be read .AttributeError"),
+    ],
+)
+def test_what_is_not_in_the_folder_or_no_network_is_refused(
+    harm: Callable[[Path], None], match: str, tmp_path: Path
+) -> None:
+    """`transformers` would follow an index anywhere, fetch what an adapter names, and narrow or cut the network."""
+    folder = tmp_path / "painter"
+    save_model(painter(), folder)
+    harm(folder)
+    with pytest.raises(ArraError, match=match) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_code_for_attention_is_fetched(tmp_path: Path) -> None:
+    """A configuration may name a repository of kernels; the library's own attention is taken."""
+    save_model(painter(), tmp_path / "painter")
+    expected = load_model(tmp_path / "painter")
+    set_config(attn_implementation="org/kernel", _attn_implementation="org/kernel")(tmp_path / "painter")
+    found = load_model(tmp_path / "painter")
+    assert isinstance(found, CausalLM)
+    assert isinstance(expected, CausalLM)
+    assert found.config._attn_implementation == expected.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["smollm", "gpt2"])
+def test_tied_weights_are_saved_once_and_tied_again(family: str, tmp_path: Path) -> None:
+    """Of a model that adapters have changed, too."""
+    model = painter(family)
+    add_lora(model.lm, LoraSettings(rank=2), rows=sorted(model.layout.image_ids()), seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    merge_adapters(model.lm)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert isinstance(again, CausalLM)
+    assert is_tied(model.lm)
+    assert is_tied(again.lm)
+    assert not any("lm_head" in key for key in load_file(tmp_path / "model.safetensors"))
+    codes = torch.randint(CODES, (3, *GRID), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(again.logits(codes, prompts=PROMPTS), model.logits(codes, prompts=PROMPTS))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "cohere"])
+def test_half_precision_paints_and_stays(family: str, tmp_path: Path) -> None:
+    """Logits are float32 and near those of the full weights; a picture is its own whatever stands beside it."""
+    model = painter(family)
+    save_model(model, tmp_path / "wide")
+    narrow = load_model(tmp_path / "wide", dtype=torch.bfloat16)
+    codes = torch.randint(CODES, (3, *GRID), generator=torch.Generator().manual_seed(1))
+    wide, found = (each.logits(codes, prompts=PROMPTS) for each in (model, narrow))
+    assert found.dtype == torch.float32
+    assert (found - wide).norm() < 0.03 * (wide - wide.mean()).norm()
+    together = generate(narrow, prompts=PROMPTS, seeds=[1, 2, 3], cfg_scale=2.0).codes
+    assert torch.equal(generate(narrow, prompts=PROMPTS[:1], seeds=[1], cfg_scale=2.0).codes[0], together[0])
+    save_model(narrow, tmp_path / "narrow")
+    again = load_model(tmp_path / "narrow", dtype=None)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_a_mask_of_nothing_is_no_mask() -> None:
+    model = painter("gpt2")
+    tokens = torch.randint(TEXT, (2, 9), generator=torch.Generator().manual_seed(0))
+    real = torch.ones(2, 5, dtype=torch.bool)
+    assert torch.equal(model(tokens, prefix_mask=real).last_hidden, model(tokens).last_hidden)
 
 
 def test_wrong_wishes_are_told() -> None:

@@ -13,6 +13,7 @@ import arra
 from arra.errors import ArraError
 from arra.models import CausalLM
 from arra.models.chameleon import read_chameleon
+from arra.sample.grammar import image_state
 from arra.stages.weights import export_weights, import_weights
 from arra.tokenizers.vocabulary import LUMINA_TEMPLATE
 from tests.models import toy_chameleon as toy
@@ -61,6 +62,7 @@ def test_lumina_paints_as_it_is(tmp_path: Path) -> None:
     layout = model.layout
     assert (layout.family, layout.template, model.settings.grid) == ("lumina", LUMINA_TEMPLATE, (4, 4))
     assert model.settings.head_norm_rows == 2
+    assert model.about["sampling"] == {"cfg_scale": 4.0, "top_k": 2000, "temperature": 1.0}
     assert re.match(r"rows of codes kept \(.*\): a model of this kind paints", told(done, "image head"))
     found = model.logits(CODES, prompts=["a cat", "a much longer prompt"])
     source = read_chameleon(tmp_path / "Lumina-mGPT-7B-512").lm
@@ -158,6 +160,12 @@ def test_metas_download(ranks: int, tmp_path: Path) -> None:
     }
     model = opened(tmp_path / "out")
     assert (model.settings.num_codes, model.settings.head_norm_rows) == (8192, ranks)
+    assert (model.layout.family, model.layout.template, model.about["zeroed_image_head"]) == (
+        "lumina",
+        "{prompt}",
+        True,
+    )
+    assert not model.lm.state_dict()["lm_head.weight"][model.layout.code_ids()].any()  # as published they paint nothing
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["bos_token_id"], config["dtype"], config["model_parallel_size"]) == (0, "bfloat16", ranks)
     assert config["vocabulary_map"]["<image>"] == toy.vocabulary(8192)["<reserved08707>"]
@@ -219,7 +227,7 @@ def test_heads_that_differ_go_to_hugging_face_alone(tmp_path: Path) -> None:
         ({"grid": "4x4", "image_size": 64}, "drop one of them"),
         ({"grid": "4"}, "--grid 4: expected rows x columns"),
         ({}, "1063 tokens do not fit the model's 512 positions"),
-        ({"template": "no place", **ASKED}, "'template' must hold {prompt} once"),
+        ({"template": "no place", **ASKED}, "{prompt}.* once"),
         ({"text_tokenizer": Path("nowhere.json")}, "nowhere.json: cannot be read"),
         ({"dtype": "int8"}, "--dtype int8: unknown"),
     ],
@@ -283,3 +291,64 @@ def test_sources_of_other_kinds(tmp_path: Path) -> None:
     import_weights(lumina(tmp_path / "good"), tmp_path / "ours", **ASKED)
     with pytest.raises(ArraError, match="in arra's format already"):
         import_weights(tmp_path / "ours", tmp_path / "out")
+
+
+def test_opened_without_a_folder_of_its_own(tmp_path: Path) -> None:
+    """`load_model` gives what import and opening again give; paths may be strings."""
+    source = lumina(tmp_path / "in", rows=2)
+    words = source / "tokenizer.json"
+    model = arra.load_model("lumina-mgpt", weights=str(source), text_tokenizer=str(words), grid=[4, 4])
+    import_weights(source, tmp_path / "out", **ASKED)
+    again = opened(tmp_path / "out")
+    assert isinstance(model, CausalLM)
+    assert model.settings == again.settings
+    assert torch.equal(model.logits(CODES, prompts=["a", "b"]), again.logits(CODES, prompts=["a", "b"]))
+    narrow = arra.load_model("chameleon", weights=source, dtype=torch.bfloat16, **ASKED)
+    assert arra.generate(narrow, prompts=["a"], seeds=[0], cfg_scale=4.0).codes.shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "told_so"),
+    [
+        ({}, "chameleon: its weights do not come with the package"),
+        ({"weights": "nowhere"}, "nowhere: no such file or folder; expected Chameleon's"),
+        ({"seed": 3}, "chameleon: seed: unknown; expected text_tokenizer, zero_image_head"),
+        ({"grid": "4x4"}, "chameleon: grid: Input should be a valid tuple; got '4x4'"),
+        ({"image_size": "large"}, "chameleon: image_size: Input should be a valid integer"),
+        ({"image_size": 0}, "--image-size 0: no multiple of 16"),
+        ({"init_missing": ["*"], **ASKED}, "chameleon: init_missing: its files hold all weights"),
+    ],
+)
+def test_wrong_wishes_in_python(options: dict[str, Any], told_so: str, tmp_path: Path) -> None:
+    source = {"weights": lumina(tmp_path / "in")} if options else {}
+    with pytest.raises(ArraError, match=told_so):
+        arra.load_model("chameleon", **{**source, **options})
+
+
+def test_a_folder_of_transformers_is_no_painter(tmp_path: Path) -> None:
+    folder = lumina(tmp_path / "in")
+    with pytest.raises(
+        ArraError, match=r"in: a language model of transformers \(chameleon\).* see arra import, or load_"
+    ):
+        arra.load_model(folder)
+    lumina(tmp_path / "other", model_type="llama")
+    with pytest.raises(ArraError, match=r"transformers \(llama\), no painter yet; see arra init"):
+        arra.load_model(tmp_path / "other")
+
+
+@pytest.mark.parametrize("grid", [(2, 4), (4, 2), (6, 6)])
+def test_pictures_keep_to_the_grammar(grid: tuple[int, int], tmp_path: Path) -> None:
+    """Each token of a painted sequence is what the published processors of the family allow there."""
+    model = arra.load_model("lumina-mgpt", weights=lumina(tmp_path / "in"), **ASKED)
+    assert isinstance(model, CausalLM)
+    prompts = ["a cat", "<racm3:break><reserved08706> \U0001f98a"]
+    found = arra.generate(model, prompts=prompts, seeds=[1, 2], cfg_scale=4.0, top_k=2000, grid=grid).codes
+    for prompt, codes in zip(prompts, found, strict=True):
+        assert model.text_tokenizer is not None
+        words = model.text_tokenizer.encode(model.layout.text(prompt, grid))
+        tokens = model.layout.sequence(words, codes.numpy()).tokens.tolist()
+        assert tokens.count(model.layout.begin_image) == 1
+        for place in range(len(words) + 5, len(tokens) - 1):
+            state = image_state(model.layout, tokens[:place])
+            assert state.guided
+            assert state.codes_only if state.forced is None else state.forced == tokens[place]

@@ -220,3 +220,40 @@ def test_a_model_that_sees_what_comes_is_refused() -> None:
     lm = toy_lm("bert", rows=ids[-1] + 1)
     with pytest.raises(ArraError, match=r"^toy: BertLMHeadModel lets tokens see later ones"):
         check_logits(painter(lm, words), source="toy")
+
+
+def test_a_model_that_cannot_paint_from_a_cache_is_refused() -> None:
+    """Of Mamba the library's cache takes one token at a time; beside padding others forget or remember too much."""
+    words = toy_words()
+    ids = add_tokens(words, NAMES, rows=300, source="toy")
+    lm = toy_lm("mamba", rows=ids[-1] + 1, state_size=8)
+    with pytest.raises(
+        ArraError, match=r"^toy: MambaForCausalLM cannot be asked as training and painting do \("
+    ) as told:
+        check_logits(painter(lm, words), source="toy")
+    assert "\n" not in str(told.value)
+
+
+def test_a_model_that_heeds_padding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, _ = grown("llama")
+    words = toy_words()
+    add_tokens(words, NAMES, rows=300, source="toy")
+    forward = type(lm.model).forward
+
+    def heedless(self: nn.Module, *given: Any, **told: Any) -> Any:
+        told.pop("attention_mask", None)
+        return forward(self, *given, **told)
+
+    monkeypatch.setattr(type(lm.model), "forward", heedless)
+    with pytest.raises(ArraError, match=r"^toy: LlamaForCausalLM gives other logits from its cache or beside padding"):
+        check_logits(painter(lm, words), source="toy")
+
+
+def test_a_network_below_the_head_is_found_where_its_name_is_wrong() -> None:
+    """Llama 4's classes call the network by a name that only its multimodal parent has."""
+    words = toy_words()
+    ids = add_tokens(words, NAMES, rows=300, source="toy")
+    shape: dict[str, Any] = {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
+    lm = toy_lm("llama4_text", rows=ids[-1] + 1, **shape)
+    assert lm.base_model is lm
+    check_logits(painter(lm, words), source="toy")

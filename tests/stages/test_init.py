@@ -149,7 +149,11 @@ def test_what_the_lm_puts_before_a_text_stays_before_it(made: Path, tmp_path: Pa
         ({"--image-size": 128}, "1061 tokens do not fit the model's 512 positions"),
         ({"--start": "zero"}, "--start zero: unknown; expected codebook or mean"),
         ({"--dtype": "int8"}, "--dtype int8: unknown"),
-        ({"--template": "a picture"}, "--template 'a picture': expected a text with {prompt} in it, once"),
+        ({"--template": "a picture"}, "--template: expected a text with {prompt} in it once, found 'a picture'"),
+        (
+            {"--template": "{prompt}, {hight} high"},
+            "--template: {hight} in '{prompt}, {hight} high' is nothing that is",
+        ),
     ],
 )
 def test_wrong_wishes_are_told_in_one_line(
@@ -247,7 +251,9 @@ def test_a_repository_without_weights_is_told(tmp_path: Path, monkeypatch: pytes
 
 def test_without_transformers_the_extra_is_named(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ArraError, match=r"language models need transformers: pip install -e '\.\[llm\]'"):
+    with pytest.raises(
+        ArraError, match=r"language models: the package 'transformers' is missing; pip install 'arra\[llm\]'"
+    ):
         init_painter(str(llm), tmp_path / "out", tokenizer=TOKENIZER, image_size=32)
 
 

@@ -75,6 +75,22 @@ def test_muon_takes_the_matrices_inside_blocks_alone() -> None:
     assert len([p for g in adamw.param_groups for p in g["params"]]) == len(named) - 1
 
 
+@pytest.mark.parametrize("blocks", ["layers", "h", "blocks"])
+def test_muon_knows_blocks_by_any_of_their_names(blocks: str) -> None:
+    named = {f"model.lm.base.{blocks}.1.attn.weight": nn.Parameter(torch.ones(4, 4)), **parameters()}
+    del named["model.layers.0.attention.wqkv.weight"]
+    muon, _ = make_optimizers(named, TrainSettings(steps=10, optimizer="muon"))
+    assert [p for g in muon.param_groups for p in g["params"]] == [next(iter(named.values()))]
+
+
+def test_muon_with_nothing_to_train_is_refused() -> None:
+    """It would be AdamW in silence: of a head's rows alone, or of blocks whose name is not known."""
+    named = parameters()
+    del named["model.layers.0.attention.wqkv.weight"]
+    with pytest.raises(ArraError, match=r"train\.optimizer: muon is for the matrices of blocks, and none"):
+        make_optimizers(named, TrainSettings(steps=10, optimizer="muon"))
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw8bit"])
 def test_norms_and_biases_do_not_decay(optimizer: str) -> None:
     named = parameters()
@@ -101,7 +117,7 @@ def test_rate_warms_up_and_ends_low() -> None:
 def larger(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     """Two matrices that AdamW in 8 bits keeps bytes of, one that is too small, and a norm."""
     generator = torch.Generator().manual_seed(3)
-    sizes = {"model.layers.0.w.weight": (64, 96), "model.layers.1.w.weight": (96, 64)}
+    sizes: dict[str, tuple[int, ...]] = {"model.layers.0.w.weight": (64, 96), "model.layers.1.w.weight": (96, 64)}
     sizes |= {"model.head.weight": (8, 8), "model.norm.weight": (64,)}
     return {n: nn.Parameter(0.02 * torch.randn(size, generator=generator).to(dtype)) for n, size in sizes.items()}
 
@@ -158,7 +174,9 @@ def test_eight_bits_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ArraError, match="adamw8bit runs on cpu and cuda, not on meta; use adamw"):
         make_optimizers(elsewhere, settings)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ArraError, match=r"adamw8bit needs bitsandbytes; pip install -e '\.\[lean\]'"):
+    with pytest.raises(
+        ArraError, match=r"adamw8bit: the package 'bitsandbytes' is missing; pip install 'arra\[lean\]'"
+    ):
         make_optimizers(larger(), settings)
 
 
