@@ -117,7 +117,11 @@ class Run:
         run = cls(Path(path))
         given = json.loads(json.dumps(dict(manifest)))
         if run.recipe_path.exists():
-            run._refuse_difference("recipe", yaml.safe_load(run.recipe_yaml()), yaml.safe_load(recipe_yaml))
+            try:
+                own = yaml.safe_load(run.recipe_yaml())
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ArraError(f"{run.recipe_path}: damaged; delete the run folder and train again") from error
+            run._refuse_difference("recipe", own, yaml.safe_load(recipe_yaml))
             kept = run.manifest()
             run._refuse_difference("manifest", {key: kept.get(key) for key in given}, given)
             return run

@@ -59,4 +59,5 @@ class Alignment(nn.Module):
         self, hidden: Float[Tensor, "B T D"], features: Float[Tensor, "B F"], positions: Bool[Tensor, "B T"]
     ) -> Float[Tensor, ""]:
         """The unweighted loss at the target's positions, in [0, 2]; the feature gets no gradient."""
+        hidden = hidden.to(self.projector.first.weight.dtype)  # frozen parts of a model may be narrower
         return cosine_loss(self.projector(hidden), self.space(features).detach(), positions)

@@ -209,7 +209,7 @@ def _check_targets(lm: nn.Module, targets: Sequence[str]) -> None:
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            raise ArraError(f"lora.targets: {type(lm).__name__} has no layer '{target}'; it has {known}")
+            raise ArraError(f"model.llm.lora.targets: {type(lm).__name__} has no layer '{target}'; it has {known}")
 
 
 def _peft() -> ModuleType:

@@ -138,6 +138,12 @@ def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> CausalLM:
         text_tokenizer=card.text,
         about=card.about,
     )
+    highest = max(token for token in card.text.backend.get_vocab().values() if token not in card.text.special)
+    if highest >= model.config.vocab_size:
+        raise ArraError(
+            f"{folder / TOKENIZER_FILE}: text goes up to token {highest}, the model has {model.config.vocab_size}; put "
+            "back the tokenizer that belongs to it"
+        )
     model.companions = read_companions(folder)
     return model.eval()
 
@@ -200,6 +206,7 @@ def read_language_model(folder: Path, *, dtype: torch.dtype | None, head_norm_ro
                 dtype="auto" if dtype is None else dtype,
                 use_safetensors=True if any(folder.glob("*.safetensors")) else None,
                 weights_only=True,
+                ignore_mismatched_sizes=True,  # they are told below
                 output_loading_info=True,
                 **told,
             )

@@ -637,7 +637,7 @@ class _Examination:
         for name, values in (("characters", texts.chars[has]), ("words", texts.words[has])):
             section.rows.append((f"{name}, least / median / greatest", _three(values)))
             section.numbers[name] = [int(values.min()), float(np.median(values)), int(values.max())]
-        if self.text_tokenizer is not None and self.recipe.model.condition == "text":
+        if self.text_tokenizer is not None and self.recipe.model.condition == "text" and not self.recipe.model.llm:
             self._ids(section, has)
         if texts.special:
             marks = _few([f"{mark} ({count:,})" for mark, count in texts.special.most_common()])

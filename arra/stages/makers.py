@@ -170,7 +170,7 @@ class FeaturesMaker:
         return [part.astype(self.dtype) for part in on_all(encode, loaded.views[LARGE])]
 
 
-def on_all(network: Any, images: Sequence[UInt8[np.ndarray, "V H W 3"]]) -> list[np.ndarray]:
+def on_all(network: Any, images: Sequence[UInt8[np.ndarray, "_ _ _ 3"]]) -> list[np.ndarray]:
     """What a network says of every picture's variants; pictures of one size go through it together."""
     found: list[np.ndarray] = [np.empty(0)] * len(images)
     for size in sorted({image.shape for image in images}):

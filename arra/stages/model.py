@@ -135,8 +135,7 @@ def weights_hash(weights: str) -> str:
         if path.is_file():
             return file_hash(path)
     raise ArraError(
-        f"model.weights: {weights}: no weights there; expected a checkpoint file, a folder of arra import, or a "
-        "finished run"
+        f"{weights}: no weights there; expected a checkpoint file, a folder of arra import, or a finished run"
     )
 
 

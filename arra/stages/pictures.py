@@ -71,10 +71,14 @@ class StoredPictures:
         else:
             taken = self.codes.take(own, variants=variants)
         codes = torch.from_numpy(taken.astype(np.int64)).flatten(1)
-        if self.features is None:
-            return codes, None
-        whose = own if self.feature_rows is None else self.feature_rows[rows.numpy()]
-        return codes, torch.from_numpy(self.features.take(whose, variants=variants).astype(np.float32))
+        return codes, None if self.features is None else self.take_features(rows, chance)
+
+    def take_features(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> Float[Tensor, "B F"]:
+        """The features of any pictures together, whatever their shapes."""
+        assert self.features is not None
+        whose = self.rows[rows.numpy()] if self.feature_rows is None else self.feature_rows[rows.numpy()]
+        variants = (chance[:, 0].double() * self.codes.entry.variants).long().numpy()
+        return torch.from_numpy(self.features.take(whose, variants=variants).astype(np.float32))
 
     def expect(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> None:
         """Nothing; a remote store begins to fetch them."""
@@ -114,15 +118,29 @@ class OnlinePictures:
         Raises:
             ArraError: a picture cannot be read any more, or is another one than it was.
         """
+        loaded = self._loaded(rows, chance)
+        variants = (chance[:, 0].double() * self.codes.variants).long().tolist()
+        codes = _chosen(self.codes.make(loaded), variants)
+        features = None if self.features is None else _chosen(self.features.make(loaded), variants).float()
+        return codes.long().flatten(1), features
+
+    def take_features(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> Float[Tensor, "B F"]:
+        """The features of any pictures together, whatever their shapes.
+
+        Raises:
+            ArraError: a picture cannot be read any more, or is another one than it was.
+        """
+        assert self.features is not None
+        variants = (chance[:, 0].double() * self.codes.variants).long().tolist()
+        return _chosen(self.features.make(self._loaded(rows, chance)), variants).float()
+
+    def _loaded(self, rows: Tensor, chance: Tensor) -> Loaded:
         self.expect(rows, chance)
         loaded = _joined([part.result() for part in self._expected.pop(_key(rows))])
         if loaded.failures:
             failure = loaded.failures[0]
             raise ArraError(f"{failure.where}: picture of record '{failure.id}': {failure.reason}")
-        variants = (chance[:, 0].double() * self.codes.variants).long().tolist()
-        codes = _chosen(self.codes.make(loaded), variants)
-        features = None if self.features is None else _chosen(self.features.make(loaded), variants).float()
-        return codes.long().flatten(1), features
+        return loaded
 
     def expect(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> None:
         """Nothing; loader processes begin to read and crop these pictures."""
@@ -258,9 +276,7 @@ def feature_sample(pictures: StoredPictures | OnlinePictures, center: int, num_v
     parts = []
     for part in places.split(256):
         chance = torch.full((len(part), 4), (center + 0.5) / num_variants)
-        features = pictures.take(part, chance)[1]
-        assert features is not None
-        parts.append(features)
+        parts.append(pictures.take_features(part, chance))
     return torch.cat(parts)
 
 

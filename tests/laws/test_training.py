@@ -478,7 +478,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path, monkey
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(ArraError, match=r"step-0000002\.safetensors: cannot be written .*; free space and run again"):
+    with pytest.raises(ArraError, match=r"step-0000002\.safetensors: cannot be written .*; free space and try again"):
         save_checkpoint(tmp_path, step=2, seconds=2.0, tensors={"x": torch.ones(2)}, keep=1)
     found = newest_checkpoint(tmp_path)
     assert found is not None

@@ -269,6 +269,33 @@ def test_chameleons_kin_paint_any_aspect(shop: Workshop) -> None:
     assert "--layout fsdp: of LlamaGen's" in shop.refused("export", "run", "other", "--layout", "fsdp")
 
 
+def test_damaged_folders_are_told(shop: Workshop, toy_copy: Any) -> None:
+    save_toy_lm(Path("lm"))
+    shop.done("init", *INIT)
+    config = json.loads(Path("painter/config.json").read_text())
+    words = json.loads(Path("painter/tokenizer.json").read_text())
+    paint = ("generate", "painter", "--prompt", "a bar", "--out", "new")
+    Path("painter/config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    assert "weights missing or of another shape than config.json says: model.layers.0.mlp" in shop.refused(*paint)
+    Path("painter/config.json").write_text(json.dumps(config))
+    ids = max(words["model"]["vocab"].values()) + 1
+    words["model"]["vocab"] |= {f"word{number}": ids + number for number in range(3000)}
+    words["added_tokens"] = []
+    Path("painter/tokenizer.json").write_text(json.dumps(words))
+    assert "tokenizer.json: text goes up to token 3299, the model has 2416" in shop.refused(*paint)
+
+    torn = toy_copy.aligned / "recipe.yaml"
+    torn.write_text(torn.read_text()[:300])
+    line = shop.refused("train", "demo", "--store", toy_copy.store, "--out", toy_copy.aligned, *same_settings(toy_copy))
+    assert line == f"{torn}: damaged; delete the run folder and train again"
+
+
+def same_settings(toy: Any) -> list[str]:
+    """What makes the demo's recipe that of the toy pipeline, as far as its store must agree."""
+    data = json.dumps({"source": "auto", "path": str(toy.pictures), "image_size": 16, "encoder_image_size": 48})
+    return ["--row", "aligned", "--set", f"data={data}", "--set", "tokenizer.train=null"]
+
+
 @pytest.mark.slow
 def test_libraries_keep_quiet(tmp_path: Path, pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they say when they are first imported shows in a process of its own alone."""
