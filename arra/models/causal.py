@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from arra.data.layout import CODE, Grid, ImageLayout
 from arra.errors import ArraError
-from arra.models.decoder import Condition, ModelOutput, TextTokenizer
+from arra.models.decoder import Condition, ModelOutput, TextTokenizer, checked_codes
 from arra.models.head import CalledHead, Head, head_of
 from arra.settings import Settings
 
@@ -58,6 +58,8 @@ class LanguageCache:
     """A cache of `transformers`."""
     filled: int
     code_head: Head | CalledHead
+    code_ids: Int[Tensor, " K"]
+    """The token of every code."""
 
     def rows(self, count: int) -> "LanguageCache":
         """The same with the first `count` rows of the batch alone; this one must not be used any more."""
@@ -297,7 +299,8 @@ class CausalLM(nn.Module):
 
         body = self._body(codes, grid)
         room = rows.tokens.shape[1] + len(self._template(grid))
-        cache = LanguageCache(growing_cache(self.lm.config, room=room), 0, self.code_head)
+        ids = self.layout.code_ids().to(self.device)
+        cache = LanguageCache(growing_cache(self.lm.config, room=room), 0, self.lm_head.rows(ids), ids)
         tokens = torch.cat([rows.tokens, body], dim=1)
         hidden = self(tokens, prefix_mask=rows.prefix_mask, cache=cache).last_hidden
         return cache, cache.code_head(hidden[:, -1])
@@ -307,8 +310,7 @@ class CausalLM(nn.Module):
     ) -> Float[Tensor, "B K"]:
         """The logits of code `index` + 1, after feeding the codes at `index` and the tokens the layout puts behind."""
         forced = torch.tensor(self.layout.after(index, grid), dtype=torch.int64, device=self.device)
-        ids = self.layout.code_ids().to(self.device)[codes]
-        tokens = torch.cat([ids[:, None], forced.expand(len(codes), -1)], dim=1)
+        tokens = torch.cat([cache.code_ids[codes][:, None], forced.expand(len(codes), -1)], dim=1)
         hidden = self(tokens, prefix_mask=rows.prefix_mask, cache=cache, start=cache.filled).last_hidden
         return cache.code_head(hidden[:, -1])
 
@@ -324,17 +326,7 @@ class CausalLM(nn.Module):
         """Teacher-forced logits at the positions that predict the codes, under the module's current mode."""
         told = grid or (self.settings.grid if codes.dim() == 2 else (int(codes.shape[1]), int(codes.shape[2])))
         condition = self.condition(labels=labels, captions=captions, prompts=prompts, grid=told)
-        flat = codes.flatten(1).to(self.device)
-        if len(condition) != len(flat) or flat.shape[1] != told[0] * told[1]:
-            raise ArraError(
-                f"codes: got {tuple(codes.shape)} for {len(condition)} conditions, expected one row each of "
-                f"{told[0]} x {told[1]} codes"
-            )
-        if flat.numel() and (flat.min() < 0 or flat.max() >= self.settings.num_codes):
-            raise ArraError(
-                f"codes: {flat.min()}..{flat.max()} are outside 0..{self.settings.num_codes - 1}; they come from "
-                "another tokenizer"
-            )
+        flat = checked_codes(codes, len(condition), grid=told, num_codes=self.settings.num_codes).to(self.device)
         width = condition.tokens.shape[1]
         tokens = torch.cat([condition.tokens, self._body(flat[:, :-1], told)], dim=1)
         hidden = self(tokens, prefix_mask=condition.prefix_mask).last_hidden

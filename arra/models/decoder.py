@@ -232,18 +232,8 @@ class Decoder(nn.Module, DecoderFromHub):
     ) -> Float[Tensor, "B P K"]:
         """Teacher-forced logits at the positions that predict the codes, under the module's current mode."""
         condition = self.condition(labels=labels, captions=captions, prompts=prompts)
-        flat = codes.flatten(1).to(self.device)
-        if len(condition) != len(flat) or flat.shape[1] != self.settings.num_positions:
-            height, width = self.settings.grid
-            raise ArraError(
-                f"codes: got {tuple(codes.shape)} for {len(condition)} conditions, expected one row each of "
-                f"{height} x {width} codes"
-            )
-        if flat.numel() and (flat.min() < 0 or flat.max() >= self.settings.num_codes):
-            raise ArraError(
-                f"codes: {flat.min()}..{flat.max()} are outside 0..{self.settings.num_codes - 1}; they come from "
-                "another tokenizer"
-            )
+        flat = checked_codes(codes, len(condition), grid=self.settings.grid, num_codes=self.settings.num_codes)
+        flat = flat.to(self.device)
         tokens = torch.cat([condition.tokens, flat[:, :-1]], dim=1)
         hidden = self(tokens, **condition.inputs()).last_hidden
         return self.head(hidden[:, self.settings.prefix_length - 1 :])
@@ -332,6 +322,26 @@ def _steps_fast(model: Decoder, x: Tensor) -> bool:
         and not (model.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         and all(map(is_unheard, model.layers.modules()))
     )
+
+
+def checked_codes(
+    codes: Int[Tensor, "B P"] | Int[Tensor, "B h w"], rows: int, *, grid: tuple[int, int], num_codes: int
+) -> Int[Tensor, "B P"]:
+    """The codes, one row for each picture.
+
+    Raises: ArraError when they are not `rows` pictures of the grid, or not codes of that many.
+    """
+    flat = codes.flatten(1)
+    if len(flat) != rows or flat.shape[1] != grid[0] * grid[1]:
+        raise ArraError(
+            f"codes: got {tuple(codes.shape)} for {rows} conditions, expected one row each of "
+            f"{grid[0]} x {grid[1]} codes"
+        )
+    if flat.numel() and (flat.min() < 0 or flat.max() >= num_codes):
+        raise ArraError(
+            f"codes: {flat.min()}..{flat.max()} are outside 0..{num_codes - 1}; they come from another tokenizer"
+        )
+    return flat
 
 
 def left_padded(

@@ -218,7 +218,7 @@ def _painted(model: CausalLM, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S 
     padded = torch.cat([padding, tokens], dim=1)
     mask = torch.cat([padding.bool(), torch.ones_like(tokens, dtype=torch.bool)], dim=1)
     end = padded.shape[1]
-    cache = LanguageCache(growing_cache(model.lm.config, room=end), 0, model.lm_head)
+    cache = LanguageCache(growing_cache(model.lm.config, room=end), 0, model.lm_head, model.layout.code_ids())
     parts = [
         model(padded[:, start:stop], prefix_mask=mask, cache=cache, start=start).last_hidden
         for start, stop in ((0, end - 3), (end - 3, end - 2), (end - 2, end))

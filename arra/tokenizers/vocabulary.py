@@ -80,23 +80,18 @@ def lumina_layout(
     Raises:
         ArraError: a name is missing, or names and ids do not fit each other.
     """
-    separator = _id(vocabulary, SEPARATOR, source=source)
     first_size, num_sizes = _sides(_reserved_sides(vocabulary), source=source)
     return _layout(
         source,
         family="lumina",
-        bos=_id(vocabulary, BOS, source=source),
-        separator=separator,
-        begin_image=_id(vocabulary, BEGIN, source=source),
-        end_image=_id(vocabulary, END, source=source),
         new_line=_id(vocabulary, NEW_LINE, source=source),
         first_size=first_size,
         size_step=2,
         num_sizes=num_sizes,
-        closing=(separator,),
+        closing=(_id(vocabulary, SEPARATOR, source=source),),
         template=template,
         max_positions=max_positions,
-        **_codes(vocabulary, _CHAMELEON_CODE, num_codes, source=source),
+        **_chameleons(vocabulary, num_codes, source=source),
     )
 
 
@@ -116,14 +111,17 @@ def chameleon_layout(
     return _layout(
         source,
         family="chameleon",
-        bos=_id(vocabulary, BOS, source=source),
-        separator=_id(vocabulary, SEPARATOR, source=source),
-        begin_image=_id(vocabulary, BEGIN, source=source),
-        end_image=_id(vocabulary, END, source=source),
         template=template,
         max_positions=max_positions,
-        **_codes(vocabulary, _CHAMELEON_CODE, num_codes, source=source),
+        **_chameleons(vocabulary, num_codes, source=source),
     )
+
+
+def _chameleons(vocabulary: Mapping[str, int], num_codes: int, *, source: str) -> dict[str, Any]:
+    """What both of its layouts have."""
+    names = {"bos": BOS, "separator": SEPARATOR, "begin_image": BEGIN, "end_image": END}
+    marks = {field: _id(vocabulary, name, source=source) for field, name in names.items()}
+    return marks | _codes(vocabulary, _CHAMELEON_CODE, num_codes, source=source)
 
 
 def generic_layout(
