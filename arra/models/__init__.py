@@ -194,7 +194,7 @@ def _load_folder(folder: Path, how: Fitting) -> Painter:
     _require(card_path)
     try:
         card = json.loads(card_path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ArraError(f"{card_path}: not valid JSON ({error}); save the model again") from error
     kind = card.get("kind") if isinstance(card, dict) else None
     if kind not in ("llamagen", LANGUAGE_KIND) or not isinstance(card.get("settings"), dict):

@@ -105,7 +105,7 @@ def read_language_card(folder: Path) -> LanguageCard:
         )
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArraError(f"{path}: not valid JSON ({error}); save the model again") from error
     if not isinstance(card, dict) or card.get("kind") != KIND or not isinstance(card.get("settings"), dict):
         raise ArraError(f'{path}: no language model\'s card; expected {{"kind": "{KIND}", "settings": {{...}}}}')

@@ -25,7 +25,7 @@ from arra.models.language_folder import CARD_FILE, CONFIG_FILE, LanguageCard, lo
 from arra.runs import file_hash
 from arra.stages.captions import CAPTIONS_AT_A_TIME, Encodes, StoreCaptions
 from arra.stages.makers import CODES
-from arra.stages.model import WEIGHTS_NAMES, tokenizer_network
+from arra.stages.model import WEIGHTS_NAMES, square, tokenizer_network
 from arra.tokenizers import ImageTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -138,21 +138,6 @@ def says_shape(layout: ImageLayout) -> bool:
     """Whether a sequence tells the shape of its picture, so that a model can paint more than one."""
     told = layout.first_size is not None or layout.new_line is not None
     return told or ("{width}" in layout.template and "{height}" in layout.template)
-
-
-def square(recipe: Recipe, downsampling: int) -> Grid:
-    """The grid of the recipe's squares.
-
-    Raises:
-        ArraError: codes do not fill them.
-    """
-    side, rest = divmod(recipe.data.image_size, downsampling)
-    if rest:
-        raise ArraError(
-            f"data.image_size: {recipe.data.image_size} is no multiple of {downsampling}, the pixels per code of "
-            f"{recipe.tokenizer.name}; change it"
-        )
-    return side, side
 
 
 def shapes_of(recipe: Recipe, store: Store, rows: np.ndarray, card: LanguageCard) -> Shapes:

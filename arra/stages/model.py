@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from arra.config import Recipe
+from arra.data.layout import Grid
 from arra.data.store import Store
 from arra.encoders.text import text_encoder_spec
 from arra.errors import ArraError
@@ -39,6 +40,21 @@ def tokenizer_network(recipe: Recipe) -> VQSettings:
     return load_named(recipe).model.settings
 
 
+def square(recipe: Recipe, downsampling: int) -> Grid:
+    """The grid of the recipe's squares.
+
+    Raises:
+        ArraError: codes do not fill them.
+    """
+    side, rest = divmod(recipe.data.image_size, downsampling)
+    if rest:
+        raise ArraError(
+            f"data.image_size: {recipe.data.image_size} is no multiple of {downsampling}, the pixels per code of "
+            f"{recipe.tokenizer.name}; change it"
+        )
+    return side, side
+
+
 def decoder_settings(
     recipe: Recipe, *, num_codes: int, downsampling: int, num_classes: int | None = None, caption_dim: int | None = None
 ) -> DecoderSettings:
@@ -47,12 +63,7 @@ def decoder_settings(
     Where the data are not known yet, classes are taken to be ImageNet's, caption features as wide as the recipe's text
     encoder makes them.
     """
-    m, (side, rest) = recipe.model, divmod(recipe.data.image_size, downsampling)
-    if rest:
-        raise ArraError(
-            f"data.image_size: {recipe.data.image_size} is no multiple of {downsampling}, the pixels per code of "
-            f"{recipe.tokenizer.name}; change it"
-        )
+    m, grid = recipe.model, square(recipe, downsampling)
     told: dict[str, Any] = {}
     if m.condition == "class":
         told["num_classes"] = num_classes or m.num_classes or IMAGENET_CLASSES
@@ -68,7 +79,7 @@ def decoder_settings(
         ffn_hidden_size=m.ffn_hidden_size,
         multiple_of=m.multiple_of,
         num_codes=num_codes,
-        grid=(side, side),
+        grid=grid,
         condition=m.condition,
         prefix_length=m.prefix_length,
         token_dropout=m.token_dropout,

@@ -198,7 +198,7 @@ def language_data(
         "card": card,
         "batches": mixed,
         "validation": held_out_batches(recipe, store, validation, card, held, codes),
-        "asked": lambda places: {"prompts": [store.fields(int(validation[place]), "prompt")[0] for place in places]},
+        "asked": asked_of(batches.conditions, store, validation),
         "text_validation": text_validation,
     }
 
@@ -268,6 +268,8 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, 
     model = first_model(recipe, data).to(device)
     if start is not None:
         model.about["started_from"] = {"weights": start, "sha256": manifest["weights_sha256"]}
+    if isinstance(model, CausalLM) and tokenizer is not None:  # an imported one did not say
+        model.about["codes_of"] = tokenizer.codes_of
     run = Run.create(folder, dump_recipe(recipe), manifest)
     with locked(run):
         if is_finished(run, recipe):

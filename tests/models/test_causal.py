@@ -241,6 +241,8 @@ def test_a_broken_folder_is_told(tmp_path: Path) -> None:
     refused("settings.layout.num_codes")
     (folder / "model.json").write_text(card.replace(f'"first_code": {TEXT + 11}', '"first_code": 5000'))
     refused("outside the model's vocabulary")
+    (folder / "model.json").write_text("[" * 100_000)
+    refused("not valid JSON")
     (folder / "model.json").write_text(card)
     words = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text("{}")

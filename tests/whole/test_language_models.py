@@ -253,6 +253,7 @@ def test_chameleons_kin_paint_any_aspect(shop: Workshop) -> None:
     assert losses[-1]["gva_loss"] < losses[0]["gva_loss"]
     model = arra.load_model("run")
     assert isinstance(model, CausalLM)
+    assert model.about["codes_of"] == arra.load_tokenizer("vqgan").codes_of  # what the imported folder did not say
     norm = model.lm.state_dict()["model.layers.0.self_attn.q_norm.weight"]
     assert len(norm) == model.settings.head_norm_rows == 1  # still shared
 
