@@ -113,11 +113,13 @@ def _prepare(
     replace: ReplaceOption = False,
     overrides: SetOption = None,
     only: tuple[str, ...] | None = None,
+    encoder: str | None = None,
+    feature_files: Path | None = None,
 ) -> None:
     from arra.config import load_recipe
     from arra.display import Display
     from arra.stages.preparation import summary_table
-    from arra.stages.prepare import parse_options
+    from arra.stages.prepare import asked_features, parse_options
     from arra.stages.prepare import prepare as prepare_store
 
     options = parse_options(
@@ -131,9 +133,13 @@ def _prepare(
         replace=replace,
     )
     loaded = load_recipe(recipe, row=row, overrides=overrides or ())
+    if only == ("features",):
+        loaded, only = asked_features(loaded, encoder)
     console = _console()
     with Display(console) as display:
-        found = prepare_store(loaded, store, options=options, only=only, progress=display.row("data"))
+        found = prepare_store(
+            loaded, store, options=options, only=only, feature_files=feature_files, progress=display.row("data")
+        )
     console.print(summary_table(found))
     if found.cut:
         listed = store / "caption_features.*" / "cut.jsonl"
@@ -186,24 +192,31 @@ def tokenize(**options: Any) -> None:
 @_with_options_of(_prepare)
 def extract(
     encoder: Annotated[
-        str | None, typer.Option("--encoder", help="An encoder of `arra list encoders`; default: the recipe's teacher.")
+        str | None,
+        typer.Option("--encoder", help="A teacher by its name in the recipe, or any encoder; default: every teacher."),
+    ] = None,
+    feature_files: Annotated[
+        Path | None, typer.Option("--from", help="Folder of feature files that ARRA's own extraction made.")
     ] = None,
     text: Annotated[
         bool, typer.Option("--text", help="Features of the captions, by the recipe's text encoder; reads no picture.")
     ] = False,
     **options: Any,
 ) -> None:
-    """The features of one encoder alone: adds a column and touches nothing else.
+    """The features alone, of every teacher or of one encoder: adds columns and touches nothing else.
 
     Example: arra extract demo --encoder efficientnet-lite1 --store runs/store
+
+    Example: arra extract arra_mimic --from biomedclip_feature --store runs/mimic/store
 
     Example: arra extract llamagen_t2i --text --set text_encoder.weights=flan-t5-xl --store runs/t2i/store
     """
     if text and encoder is not None:
         raise ArraError("--text and --encoder are two encoders; give one, the text encoder is named in the recipe")
-    if encoder is not None:
-        options["overrides"] = [*(options["overrides"] or ()), f"encoder.teacher={encoder}"]
-    _prepare(**options, only=("caption_features" if text else "features",))
+    if text and feature_files is not None:
+        raise ArraError("--text and --from: the files are features of pictures; give one of the two")
+    only = ("caption_features" if text else "features",)
+    _prepare(**options, only=only, encoder=encoder, feature_files=feature_files)
 
 
 @data.command()
@@ -491,6 +504,59 @@ def reconstruct(
 
 
 @app.command()
+def probe(
+    run: Annotated[Path, typer.Argument(help="A finished run, aligned or not.")],
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", help="teacher, judge, one of the recipe's others, or of `arra list encoders`."),
+    ] = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="Held-out pictures, at most.")] = 256,
+    split: Annotated[str, typer.Option("--split", help="Where they are from.")] = "validation",
+    layers: Annotated[str | None, typer.Option("--layers", help="As in 0-3 or 1,5,9; default: all.")] = None,
+    checkpoint: Annotated[
+        int | None, typer.Option("--checkpoint", min=0, help="The run as it was at this step, if it was kept.")
+    ] = None,
+    suggest: Annotated[bool, typer.Option("--suggest", help="Propose align.layer and align.weight.")] = False,
+    share: Annotated[
+        float, typer.Option("--share", min=0.001, help="Of the next-token gradient, for the proposed weight.")
+    ] = 0.5,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; default: RUN/probe.")] = None,
+    tokenizer_weights: TokenizerWeightsOption = None,
+    threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """What every layer and position knows of an encoder's features: probe.json, probe.html, a table.
+
+    Example: arra probe runs/demo/aligned
+
+    Example: arra probe runs/demo/baseline --suggest
+    """
+    from arra.display import Display
+    from arra.stages.probe import probe as probe_run
+    from arra.stages.probe import table
+
+    console = _console()
+    with Display(console) as display:
+        found = probe_run(
+            run,
+            encoder=encoder,
+            images=images,
+            split=split,
+            layers=layers,
+            checkpoint=checkpoint,
+            suggest=suggest,
+            share=share,
+            out=out,
+            tokenizer_weights=tokenizer_weights,
+            threads=threads,
+            device=device,
+            progress=display.row("probe"),
+        )
+    console.print(table(found), soft_wrap=False)
+    typer.echo(str(found.out / "probe.html"))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated runs; the first one's row is the baseline.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for report.html.")] = Path("runs/report"),
@@ -503,6 +569,46 @@ def report(
     from arra.stages.report import report as write_report
 
     typer.echo(str(write_report(runs, out, title=title)))
+
+
+@app.command()
+def lab(
+    recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a built-in one.")] = "alignment_lab",
+    rows: Annotated[
+        str, typer.Option("--rows", help="Rows of the recipe with commas between; the first one is the baseline.")
+    ] = "baseline,hybnext,at,rep,patch,both",
+    seeds: Annotated[int, typer.Option("--seeds", help="Training seeds of every row.")] = 3,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the lab; run again to continue.")] = Path("runs/lab"),
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Steps of the baseline, whose compute every row gets.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", help="Runs at a time, one thread each; default: the cores.")
+    ] = None,
+    charge_teacher: Annotated[
+        bool, typer.Option("--charge-teacher", help="A row also pays for its teachers' pass over the pictures.")
+    ] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Alignments side by side at equal training compute: lab.json, lab.md and lab.html, with intervals.
+
+    Ends with code 1 if a run failed; the others are in the table.
+
+    Example: arra lab --steps 20 --seeds 1 --rows baseline,hybnext --out runs/smoke
+    """
+    from arra.stages.lab import LabOptions, run_lab
+
+    options = LabOptions(
+        recipe=recipe,
+        rows=tuple(name.strip() for name in rows.split(",") if name.strip()),
+        seeds=seeds,
+        steps=steps,
+        processes=processes,
+        charge_teacher=charge_teacher,
+        overrides=tuple(overrides or ()),
+    )
+    done = run_lab(options, out, console=_console())
+    raise typer.Exit(1 if done.failures else 0)
 
 
 @app.command(name="import")
@@ -628,6 +734,9 @@ def init(
     rows: Annotated[
         bool, typer.Option("--rows/--no-rows", help="Write sides and ends of rows, for pictures of any aspect.")
     ] = True,
+    rep_token: Annotated[
+        bool, typer.Option("--rep-token/--no-rep-token", help="A token before the picture, for align.target: rep.")
+    ] = False,
     template: Annotated[
         str, typer.Option("--template", help="What the model reads for a prompt; {width} and {height} may be in it.")
     ] = "{prompt}",
@@ -650,6 +759,7 @@ def init(
         image_size=image_size,
         start=start,
         rows=rows,
+        rep_token=rep_token,
         template=template,
         seed=seed,
         dtype=dtype,

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from arra.data.crops import CropSettings
 from arra.data.records import Source
 from arra.data.sources import AnySource, SourceKind, expand_sources, source_of
-from arra.encoders import SPECS, TEXT_SPECS
+from arra.encoders import SPECS, TEXT_SPECS, EncoderChoice, check_encoder_name
 from arra.errors import ArraError
 from arra.evaluate.settings import EvaluateSettings
 from arra.models.adapters import LoraSettings
@@ -30,7 +30,7 @@ from arra.sample.logits import SamplingSettings
 from arra.settings import Settings
 from arra.tokenizers import EMBEDDED
 from arra.tokenizers.vq import VQSettings
-from arra.train.settings import AlignSettings, DualTrainSettings, TokenizerTrainSettings, TrainSettings
+from arra.train.settings import AlignSettings, AlignTerm, DualTrainSettings, TokenizerTrainSettings, TrainSettings
 
 S = TypeVar("S", bound=Settings)
 Tree = dict[str, Any]
@@ -48,8 +48,9 @@ class DataSection(Settings):
     """Several sources, or one with options of its own, in place of `source` and `path`."""
     image_size: int = Field(32, gt=0)
     """Pixels per side that the tokenizer sees and the model paints."""
-    encoder_image_size: int = Field(128, gt=0)
-    """Pixels per side of the same crop that the encoders see."""
+    encoder_image_size: int | None = Field(None, gt=0)
+    """Pixels per side of the same crop that is made for the encoders; null: each one's own input size, so that nothing
+    is resized twice."""
     crop: CropSettings = CropSettings()
     """The crop that tokenizer and encoder share."""
     mode: Literal["cached", "online"] = "cached"
@@ -116,18 +117,73 @@ class TokenizerSection(Settings):
         return self
 
 
-class EncoderSection(Settings):
-    """The frozen encoders: one teaches, another judges."""
+AnyEncoder = Annotated[
+    Annotated[str, Tag("name")] | Annotated[EncoderChoice, Tag("choice")],
+    Discriminator(lambda value: "name" if isinstance(value, str) else "choice"),
+]
+"""An encoder's name alone, or with what is taken of it."""
 
-    teacher: str = "efficientnet-lite0"
-    judge: str = "efficientnet-lite1"
+
+class EncoderSection(Settings):
+    """The frozen encoders: some teach, another judges."""
+
+    teacher: AnyEncoder = "efficientnet-lite0"
+    """Whose features the alignment trains on: a name of `arra list encoders`, or {name, weights, output, ...}."""
+    judge: AnyEncoder = "efficientnet-lite1"
+    """In whose features pictures are compared; a stranger to the teacher, where there is one."""
+    others: dict[str, AnyEncoder] = {}
+    """Further teachers by a name of your own, which `align.encoder` may then say; their features are prepared too."""
 
     @model_validator(mode="after")
-    def _known(self) -> "EncoderSection":
-        for name in (self.teacher, self.judge):
-            if name not in SPECS:
-                raise ValueError(f"'{name}' is no known encoder; known are {', '.join(SPECS)}")
+    def _fits_together(self) -> "EncoderSection":
+        for name in self.others:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name in ("teacher", "judge"):
+                raise ValueError(
+                    f"others: '{name}' is no name for a teacher; use letters, digits and '_', not teacher or judge"
+                )
+        columns: dict[str, tuple[str, EncoderChoice]] = {}
+        for key, choice in {**self.choices(), "judge": self.choice("judge")}.items():
+            try:
+                check_encoder_name(choice.name)
+            except ArraError as error:
+                raise ValueError(str(error)) from None
+            if choice.name in SPECS and choice.output not in (None, *SPECS[choice.name].outputs):
+                raise ValueError(
+                    f"{key}: {choice.name} has no output '{choice.output}'; it has "
+                    f"{', '.join(SPECS[choice.name].outputs)}"
+                )
+            if key == "judge":
+                if choice.output == "patches" or choice.bands is not None:
+                    raise ValueError(
+                        "judge: it says one vector of a picture; choose output: cls, projected, mean or concat, and no "
+                        "bands"
+                    )
+                continue
+            first, other = columns.setdefault(choice.column, (key, choice))
+            if other != choice:
+                raise ValueError(
+                    f"others.{key}: would have the column '{choice.column}' of {first}, made otherwise; name one of "
+                    "them alone, or choose another output, image_size or layers"
+                )
         return self
+
+    def choice(self, name: str) -> EncoderChoice:
+        """The encoder named `teacher`, `judge`, or as a key of `others`.
+
+        Raises:
+            ArraError: there is none of this name.
+        """
+        named = {**self.others, "teacher": self.teacher, "judge": self.judge}
+        if name not in named:
+            raise ArraError(
+                f"encoder '{name}': the recipe has none of this name; it has {', '.join(['teacher', *self.others])}"
+            )
+        found = named[name]
+        return EncoderChoice(name=found) if isinstance(found, str) else found
+
+    def choices(self) -> dict[str, EncoderChoice]:
+        """Every teacher by its name: `teacher` first, then the others."""
+        return {name: self.choice(name) for name in ("teacher", *self.others)}
 
 
 class TextEncoderSection(Settings):
@@ -321,10 +377,27 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
-        if self.model.llm is None and self.align is not None and self.align.layer > self.model.num_layers:
-            raise ValueError(
-                f"align.layer: {self.align.layer} is outside 0..{self.model.num_layers} here; the paper uses 1"
-            )
+        for where, term in self.align_terms():
+            if self.model.llm is None and term.layer > self.model.num_layers:
+                raise ValueError(
+                    f"{where}.layer: {term.layer} is outside 0..{self.model.num_layers} here; the paper uses 1"
+                )
+            if term.encoder not in self.encoder.choices():
+                raise ValueError(
+                    f"{where}.encoder: '{term.encoder}' is no teacher of the recipe; it has "
+                    f"{', '.join(self.encoder.choices())} (encoder.others adds more)"
+                )
+            choice = self.encoder.choice(term.encoder)
+            if (term.target == "patch") != (choice.output == "patches"):
+                raise ValueError(
+                    f"{where}.target: '{term.target}' "
+                    + ("needs the patches" if term.target == "patch" else "takes one vector of a picture, not patches,")
+                    + f" of encoder '{term.encoder}'; name another one, as encoder.others may add"
+                )
+            if (term.target == "causal") != (choice.bands is not None):
+                raise ValueError(f"{where}.target: causal and an encoder with 'bands' go together; change one of them")
+            if term.loss == "nt-xent" and term.target != "patch" and self.train.batch_size == 1:
+                raise ValueError(f"{where}.loss: nt-xent contrasts the pictures of a batch; train.batch_size is 1")
         if self.model.condition == "caption" and self.text_encoder is None:
             raise ValueError(
                 "model.condition: caption needs a 'text_encoder' section, as in text_encoder: {name: flan-t5-xl}"
@@ -339,6 +412,17 @@ class Recipe(Settings):
                 f"model.hidden_size: {width} over {self.model.num_heads} heads must give a head size divisible by 4"
             )
         return self
+
+    def align_terms(self) -> list[tuple[str, AlignTerm]]:
+        """Every alignment term, with its key in the recipe; none without an alignment."""
+        if self.align is None:
+            return []
+        return [("align", self.align), *((f"align.more.{name}", term) for name, term in self.align.more.items())]
+
+    @property
+    def has_rep(self) -> bool:
+        """Whether a token stands before the image for target `rep`; sampling writes it too."""
+        return any(term.target == "rep" for _, term in self.align_terms())
 
 
 def load_recipe(path: Path | str, *, row: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
@@ -532,9 +616,10 @@ def _assign(data: Tree, override: str) -> Path_:
     if parts[0] == "rows":
         raise ArraError(f"--set {override}: rows are chosen, not set; use --row NAME and set the key itself")
     value = _load_yaml(text, f"--set {dotted}")
-    for part in parts[:-1]:
-        if not isinstance(data.get(part), dict):
-            data[part] = {}
+    for depth, part in enumerate(parts[:-1]):
+        old = data.get(part)
+        if not isinstance(old, dict):  # an encoder may be written as its name alone
+            data[part] = {"name": old} if isinstance(old, str) and depth and parts[0] == "encoder" else {}
         data = data[part]
     data[parts[-1]] = value
     return tuple(parts)

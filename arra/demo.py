@@ -7,27 +7,21 @@ there are cores for, one thread each: on few cores that is the fastest way, and 
 
 import json
 import math
-import os
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from arra.config import Recipe, dump_recipe, load_recipe, recipes_folder, row_names
+from arra.config import Recipe, load_recipe, recipes_folder, row_names
 from arra.data.store import Store
 from arra.display import Display
 from arra.distributed import set_threads
@@ -39,9 +33,8 @@ from arra.stages.captions import caption_lengths
 from arra.stages.evaluate import held_out_splits, prepare_caption_judge
 from arra.stages.paint import load_run
 from arra.stages.prepare import prepare
-from arra.stages.process import PARENT, SECONDS_FOR_ORPHANS
 from arra.stages.report import compare_rows, report
-from arra.stages.train import is_finished
+from arra.stages.tasks import Task, evaluate_tasks, finished, num_parallel, train_tasks
 
 DEMO_RECIPE = recipes_folder() / "demo.yaml"
 """By its path: the name alone would find a folder `demo` in the working folder."""
@@ -51,9 +44,10 @@ METRIC_NAMES = {"caption_retrieval_at_1": "caption found", "caption_retrieval_at
     "retrieval_at_10": "picture in top 10",
     "kid_x1000": "kernel distance",
     "frechet": "Frechet distance",
+    "caption_kid_x1000": "caption kernel",
+    "caption_frechet": "caption Frechet",
 }
 """Short names of the summary's measures."""
-EVALUATE = "evaluate"
 EXAMPLE = "a red heart on fire"
 FOLDER_TOKENIZER_STEPS = 800
 """Training of the packaged tokenizer on a user's own pictures, before codes are made."""
@@ -75,21 +69,6 @@ class DemoOptions:
     fresh_tokenizer: bool = False
     shuffled: bool = False
     overrides: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Task:
-    """One run of the demo."""
-
-    row: str
-    seed: int
-    folder: Path
-    overrides: tuple[str, ...]
-    label: str
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        return load_recipe(DEMO_RECIPE, row=self.row, overrides=self.overrides)
 
 
 def run_demo(options: DemoOptions, out: Path, *, console: Console) -> Path:
@@ -134,16 +113,14 @@ def run_stages(options: DemoOptions, recipe: Recipe, out: Path, display: Display
             folders = ", ".join(str(task.folder / "previews") for task in tasks)
             console.print(f"previews on the way: {folders}", highlight=False, markup=False, soft_wrap=True)
         with clock.stage("train"):
-            train_all(tasks, out / "store", display)
+            train_tasks(tasks, out / "store", display)
         with clock.stage("evaluate"):
             first = load_run(tasks[0].folder)
             judging = display.row("judges")
             prepare_caption_judge(first, progress=judging)
             held_out_splits(first, progress=judging)
             judging("ready", 1, 1)
-            run_processes(
-                [(task, [EVALUATE, str(task.folder), "--threads", "1"]) for task in tasks], display, "evaluating"
-            )
+            evaluate_tasks(tasks, display)
         with clock.stage("report"):
             display.show("report", "writing", 0, 1)
             page = report([task.folder for task in tasks], out, title="arra demo", timings=clock.times())
@@ -238,7 +215,7 @@ def plan_tasks(options: DemoOptions, out: Path, overrides: Sequence[str]) -> Ite
             # a key below `align` would bring the term back that the baseline is without
             own = [text for text in overrides if row != BASELINE or text.partition("=")[0].split(".")[0] != "align"]
             folder, label = (out / row, row) if options.seeds == 1 else (out / f"seed-{seed}" / row, f"{row} {seed}")
-            yield Task(row, seed, folder, (*own, *seeds), label)
+            yield Task(row, seed, folder, (*own, *seeds), label, DEMO_RECIPE)
 
 
 def store_overrides(options: DemoOptions, recipe: Recipe, store: Store) -> Iterator[str]:
@@ -271,7 +248,7 @@ def budget(options: DemoOptions, derived: Sequence[str], out: Path, display: Dis
         short = (*derived, *options.overrides, f"train.steps={PROBE_STEPS}", "train.preview_every_steps=null")
         tasks = list(plan_tasks(options, out / "probe", short))
         probed = tasks[: num_parallel()]
-        train_all(probed, out / "store", display)
+        train_tasks(probed, out / "store", display)
         seconds = max(last_train_row(task)["seconds"] for task in probed) / PROBE_STEPS
         shutil.rmtree(out / "probe", ignore_errors=True)
         rounds = -(-len(tasks) // num_parallel())
@@ -292,12 +269,6 @@ def last_train_row(task: Task) -> dict[str, Any]:
     return [row for row in Run(task.folder).read_metrics() if row["kind"] == "train"][-1]
 
 
-def num_parallel() -> int:
-    """Processes at a time: one per core that this process may use."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(allowed or 1, 8))
-
-
 def is_current(tasks: Sequence[Task], page: Path) -> bool:
     """Whether every run is finished and evaluated, and the page was written after that."""
     try:
@@ -308,123 +279,6 @@ def is_current(tasks: Sequence[Task], page: Path) -> bool:
         return False
     fresh = all(model <= card <= written for model, card in zip(models, cards, strict=True))
     return fresh and all(finished(task) for task in tasks)
-
-
-def train_all(tasks: Sequence[Task], store: Path, display: Display) -> None:
-    """Nothing; every task's run is finished."""
-    commands = [
-        (
-            task,
-            ["train", str(DEMO_RECIPE), "--row", task.row, "--store", str(store), "--out", str(task.folder)]
-            + [part for override in task.overrides for part in ("--set", override)],
-        )
-        for task in tasks
-        if not finished(task)
-    ]
-    run_processes(commands, display, "training")
-
-
-def finished(task: Task) -> bool:
-    """Whether a run reached its last step under the task's recipe."""
-    run = Run(task.folder)
-    same = run.recipe_path.is_file() and yaml.safe_load(run.recipe_yaml()) == yaml.safe_load(dump_recipe(task.recipe))
-    return same and is_finished(run, task.recipe)
-
-
-def run_processes(commands: Sequence[tuple[Task, list[str]]], display: Display, what: str) -> None:
-    """Nothing; every command has ended well, as many at a time as there are cores.
-
-    Raises:
-        ArraError: one of them found something the user can mend; the others are stopped.
-        KeyboardInterrupt: the processes have saved and left.
-    """
-    waiting, running = list(commands), dict[subprocess.Popen[bytes], tuple[Task, Path]]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < num_parallel():
-                task, arguments = waiting.pop(0)
-                log = task.folder.parent / f".{task.folder.name}.log"
-                running[start(arguments, log)] = (task, log)
-            for process in list(running):
-                task, log = running[process]
-                code = process.poll()
-                watch(task, log, display, what)
-                if code is not None:
-                    del running[process]
-                    check(code, task, log, what)  # of a bug the log stays
-                    log.unlink(missing_ok=True)
-            time.sleep(0.3 if what != "training" else 1.0)
-    except BaseException:
-        if running:
-            display.console.print(f"stopping; what is {what} saves first", highlight=False)
-        stop(running)
-        raise
-
-
-def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """A process of this program with one thread, which leaves when this one does."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", PARENT: str(os.getpid())}
-    with writing(log):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        file = log.open("wb")
-    with file:
-        # -P: a file called like a package in the user's folder must not be imported in its place
-        command = [sys.executable, "-P", "-m", "arra", *arguments]
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-
-
-def watch(task: Task, log: Path, display: Display, what: str) -> None:
-    """Nothing; the display shows the run's newest metrics, or what its process said last."""
-    if what != "training":
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(f"{EVALUATE}: ")]
-        display.show(task.label, said[-1].removeprefix(f"{EVALUATE}: ") if said else what, 0, 1)
-        return
-    rows = [row for row in Run(task.folder).read_metrics() if row["kind"] == "train"]
-    if not rows:
-        display.show(task.label, "starting", 0, 1)
-        return
-    row = rows[-1]
-    note = f"loss {row['ntp_loss']:.3f}"
-    note += f" align {row['gva_loss']:.3f}" if row["gva_loss"] is not None else ""
-    note += f"  {row['images_per_second']:.0f} images/s"
-    display.show(task.label, what, row["step"], task.recipe.train.steps, note)
-
-
-def check(code: int, task: Task, log: Path, what: str) -> None:
-    """Nothing, if a process ended well.
-
-    Raises:
-        ArraError: it did not; it said why, or was killed.
-        KeyboardInterrupt: it was asked to stop.
-    """
-    if code == 0:
-        return
-    lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
-    if code in (130, -signal.SIGINT):
-        log.unlink()
-        raise KeyboardInterrupt
-    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    if code == 2 and told:
-        log.unlink()
-        raise ArraError(told[-1])
-    if code in (-signal.SIGKILL, -signal.SIGTERM):
-        raise ArraError(
-            f"{task.folder}: {what} was killed from outside ({signal.Signals(-code).name}), by lack of memory perhaps; "
-            "run the same command again to continue"
-        )
-    raise RuntimeError(f"{what} {task.label} ended with code {code}; the log is {log}:\n" + "\n".join(lines[-30:]))
-
-
-def stop(running: dict[subprocess.Popen[bytes], tuple[Task, Path]]) -> None:
-    """Nothing; the processes have been asked to save, and have left."""
-    for process in running:
-        with suppress(ProcessLookupError):
-            process.terminate()
-    for process, (_, log) in running.items():
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=SECONDS_FOR_ORPHANS)
-        process.kill()
-        log.unlink(missing_ok=True)
 
 
 class Clock:
@@ -490,7 +344,7 @@ def print_summary(tasks: Sequence[Task], page: Path, console: Console, *, second
 
 def summary_cells(one: Difference | SeedDifference) -> Iterator[str]:
     """The cells of one comparison, the split left out."""
-    digits = 1 if one.metric in ("frechet", "kid_x1000") else 3
+    digits = 1 if one.metric.endswith(("frechet", "kid_x1000")) else 3
     yield METRIC_NAMES.get(one.metric, one.metric.replace("_", " "))
     yield "" if one.cfg_scale is None else f"{one.cfg_scale:g}"
     yield f"{one.baseline:.{digits}f}"

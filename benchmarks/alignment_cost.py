@@ -34,7 +34,7 @@ def main() -> None:
         [[5, 6, 7, 8]] * size,
         torch.randint(settings.num_codes, (size, settings.num_positions)),
         prefix_length=settings.prefix_length,
-        features=features,
+        features={"teacher": features},
     )
     widths: dict[str, int | None] = {"32 components": 32, "128 components": 128, "all 1280 dimensions": None}
     variants: dict[str, Alignment | None] = {"no alignment": None}

@@ -216,13 +216,14 @@ def prepare_speed(folder: Path, count: int) -> None:
 
     from arra.data.images import center_crop
     from arra.data.records import decode_image
-    from arra.encoders import load_encoder
+    from arra.encoders import open_encoder
     from arra.stages.prepare import PrepareOptions, prepare
     from arra.tokenizers import load_tokenizer
 
     pictures = draw_folder(folder, count)
     recipe = recipe_of(pictures)
-    tokenizer, encoder = load_tokenizer(recipe.tokenizer.name), load_encoder(recipe.encoder.teacher)
+    tokenizer, encoder = load_tokenizer(recipe.tokenizer.name), open_encoder(recipe.encoder.choice("teacher"))
+    side = recipe.data.encoder_image_size or encoder.spec.image_size
     names = [json.loads(line)["file_name"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     ratios, shares, rates = [], [], []
     for trial in range(3):
@@ -232,7 +233,7 @@ def prepare_speed(folder: Path, count: int) -> None:
         for name in names:
             image = decode_image((pictures / name).read_bytes())
             codes = tokenizer.encode(torch.from_numpy(center_crop(image, recipe.data.image_size).copy())[None])
-            large = torch.from_numpy(center_crop(image, recipe.data.encoder_image_size).copy())[None]
+            large = torch.from_numpy(center_crop(image, side).copy())[None]
             torch.save(codes, folder / "one-by-one" / f"{name}.codes.pt")
             torch.save(encoder.encode(large), folder / "one-by-one" / f"{name}.feature.pt")
         alone = time.perf_counter() - started

@@ -110,7 +110,7 @@ def training(which: str, steps: int) -> dict[str, Any]:
 
 def class_batch(labels: Tensor, codes: Tensor, features: Tensor | None = None) -> TrainBatch:
     """A batch of classes and codes."""
-    return make_batch(Prefix(labels[:, None]), codes, features=features)
+    return make_batch(Prefix(labels[:, None]), codes, features=None if features is None else {"teacher": features})
 
 
 def alignment(steps: int) -> dict[str, float]:

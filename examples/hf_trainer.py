@@ -54,14 +54,13 @@ class AlignedTrainer(Trainer):
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Sequences padded behind, with the features of their pictures."""
-    features = torch.stack([row["features"] for row in rows])
-    batch = padded_batch([row["written"] for row in rows], features=features)
+    batch = padded_batch([row["written"] for row in rows])
     return {
         "input_ids": batch.tokens,
         "attention_mask": torch.ones_like(batch.tokens),  # padding is behind, where nothing sees it
         "labels": batch.labels,
         "code_mask": batch.code_mask,
-        "features": features,
+        "features": torch.stack([row["features"] for row in rows]),
     }
 
 

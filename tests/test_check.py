@@ -275,11 +275,11 @@ def test_a_recipe_names_its_own_data(clean: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "options", "line"),
     [
-        ("nowhere", {}, "nowhere: no such file or folder, and no built-in recipe; those are arra_mimic, demo"),
+        ("nowhere", {}, "nowhere: no such file or folder, and no built-in recipe; those are alignment_lab, arra_mimic"),
         ("{clean}", {"kind": "folders"}, "--kind folders: expected one of openmoji, auto, folder"),
         ("{clean}", {"kind": "parquet"}, "parquet"),
         ("{clean}", {"tokenizer": "nothing"}, "tokenizer 'nothing': neither a folder nor a known name"),
-        ("{clean}", {"encoder": "nothing"}, "encoder: 'nothing' is no known encoder"),
+        ("{clean}", {"encoder": "nothing"}, "encoder 'nothing': unknown; known are efficientnet-lite0"),
         ("{clean}", {"overrides": ["data.image_sizes=8"]}, "--set data.image_sizes: unknown key"),
     ],
 )

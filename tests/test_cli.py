@@ -44,7 +44,7 @@ def test_help_names_every_command(run_arra):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "nosuch"], "nosuch: no such file; built-in recipes: arra_mimic, demo, llamagen_c2i"),
+        (["train", "nosuch"], "nosuch: no such file; built-in recipes: alignment_lab, arra_mimic, demo"),
         (["train", "demo.yml"], r"demo.yml: no such file; did you mean 'demo'\?; built-in recipes"),
         (["train", "demo", "--row", "alinged"], r"demo: no row 'alinged'; did you mean 'aligned'\?; rows: baseline, "),
         (["train", "demo", "--set", "train.stps=3"], r"--set train.stps: unknown key; did you mean 'steps'\?"),
@@ -70,7 +70,7 @@ def test_help_names_every_command(run_arra):
             "--out runs/demo: lies inside --data .*; choose a folder outside",
         ),
         (["demo", "--set", "train.stps=3"], r"--set train.stps: unknown key; did you mean 'steps'\?"),
-        (["demo", "--set", "encoder.judge=clip"], "--set encoder.*'clip' is no known encoder; known are efficientnet"),
+        (["demo", "--set", "encoder.judge=clip"], "--set encoder.*'clip': unknown; known are clip-b32"),
         (
             ["demo", "--out", "a-file", "--data", "few"],
             "a-file: is a file, expected a folder; move the file or pass --out",
@@ -226,7 +226,7 @@ def test_doctor_finds_what_the_demo_needs(run_arra, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("what", "line"),
     [
-        ("encoders", "efficientnet-lite0  1280 features, 128 px"),
+        ("encoders", "efficientnet-lite0  mean, 1280 features (also patches); 128 px"),
         ("tokenizers", "openmoji-vq4  ships with the package"),
         ("models", "llamagen-b  12 layers, width 768, 12 heads, 111M parameters (class-conditional)"),
         ("recipes", "demo  rows: baseline, aligned, shuffled"),
@@ -295,7 +295,7 @@ def test_data_is_checked_shown_verified_and_exported(run_arra, pipeline, tmp_pat
         (["data", "show", "nowhere"], "nowhere: no store here; make one with: arra prepare RECIPE"),
         (["prepare", "demo", "--shard", "4/4"], "--shard 4/4: expected i/n with i from 0 to n-1, as in 0/8"),
         (["prepare", "demo", "--engine", "spark"], "--engine spark: expected local or ray"),
-        (["extract", "demo", "--encoder", "clip"], "--set encoder.*'clip' is no known encoder"),
+        (["extract", "demo", "--encoder", "clip"], "encoder 'clip': unknown; known are clip-b32"),
         (["prepare", "demo", "--set", "data.crop={kind: random}"], "--set data: .crop: random. .* needs .mode: online"),
         (["prepare", "demo", "--set", "data.sources=[{kind: csvv, path: x}]"], "--set data.sources.*csv"),
     ],

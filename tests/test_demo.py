@@ -22,19 +22,17 @@ from arra.demo import (
     ALIGNED,
     BASELINE,
     DemoOptions,
-    Task,
     budget,
-    check,
     plan_tasks,
     recipe_overrides,
     refuse_other_options,
     run_demo,
-    run_processes,
     store_overrides,
 )
 from arra.display import Display
 from arra.errors import ArraError
 from arra.runs import Run, file_hash
+from arra.stages.tasks import Task
 
 WEIGHTS = ("model.safetensors", "model.json", "tokenizer.json")
 PATIENCE_SECONDS = 240.0
@@ -268,7 +266,7 @@ def test_minutes_become_steps_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             Run(task.folder).path.mkdir(parents=True)
             Run(task.folder).append_metrics({"kind": "train", "step": 20, "seconds": 2.0})
 
-    monkeypatch.setattr(arra.demo, "train_all", pretend)
+    monkeypatch.setattr(arra.demo, "train_tasks", pretend)
     monkeypatch.setattr(arra.demo, "num_parallel", lambda: 2)
     display = Display(Console(file=io.StringIO()))
 
@@ -285,55 +283,6 @@ def test_minutes_become_steps_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert steps(DemoOptions(minutes=14.0, seeds=2)) == ["train.steps=3450"]  # two rounds of two
     with pytest.raises(ArraError, match=r"^--minutes 2: leaves 0 steps .*; give at least 4 minutes$"):
         steps(DemoOptions(minutes=2.0))
-
-
-SAVES_WHEN_ASKED = """
-import signal, sys, time
-def save(number, frame):
-    open(sys.argv[1], "w").write("saved")
-    sys.exit(130)
-signal.signal(signal.SIGTERM, save)
-open(sys.argv[1], "w").write("running")
-time.sleep(60)
-"""
-
-
-def test_an_interruption_waits_for_the_trainings_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def begin(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-        log.write_text("")
-        return subprocess.Popen([sys.executable, "-c", SAVES_WHEN_ASKED, *arguments])
-
-    def look(task: Task, log: Path, display: Display, what: str) -> None:
-        if all((tmp_path / name).exists() and (tmp_path / name).read_text() == "running" for name in "ab"):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(arra.demo, "start", begin)
-    monkeypatch.setattr(arra.demo, "watch", look)
-    monkeypatch.setattr(arra.demo, "num_parallel", lambda: 2)
-    printed = io.StringIO()
-    commands = [(Task(name, 0, tmp_path / name, (), name), [str(tmp_path / name)]) for name in "abc"]
-    with pytest.raises(KeyboardInterrupt):
-        run_processes(commands, Display(Console(file=printed)), "training")
-    assert [(tmp_path / name).read_text() for name in "ab"] == ["saved", "saved"]
-    assert not (tmp_path / "c").exists()
-    assert not list(tmp_path.glob(".*.log"))
-    assert printed.getvalue() == "stopping; what is training saves first\n"
-
-
-def test_how_a_process_ended_is_told(tmp_path: Path):
-    task, log = Task("aligned", 0, Path("runs/demo/aligned"), (), "aligned"), tmp_path / "log"
-    log.write_text("something\nerror: runs/x: full; free space\nafterwards\n")
-    check(0, task, log, "training")
-    with pytest.raises(RuntimeError, match=r"training aligned ended with code 1; the log is .*\nsomething"):
-        check(1, task, log, "training")
-    with pytest.raises(ArraError, match=r"^runs/x: full; free space$"):
-        check(2, task, log, "training")
-    log.write_text("")
-    with pytest.raises(KeyboardInterrupt):
-        check(130, task, log, "training")
-    log.write_text("")
-    with pytest.raises(ArraError, match=r"^runs/demo/aligned: training was killed from outside \(SIGKILL\)"):
-        check(-signal.SIGKILL, task, log, "training")
 
 
 def test_progress_without_a_terminal_says_a_thing_once():

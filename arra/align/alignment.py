@@ -1,27 +1,33 @@
 """The alignment term as an object: it names the layer to capture and turns captured states into one loss.
 
-Legend: B batch, T sequence, D model, F encoder feature, N images.
+Legend: B batch, T sequence, D model, F encoder feature, G target feature, N images that have positions, P positions of
+an image, M of all images, C candidates.
 """
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import cast, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from arra.align.losses import cosine_loss
-from arra.align.projector import Projector
-from arra.align.targets import TargetSpace
+from arra.align.losses import CONTRASTING, Loss, distances, image_means, same_rows
+from arra.align.positions import BY_POSITION, ON_GRID, Target
+from arra.align.projector import Projector, ProjectorKind
+from arra.align.schedule import Balance, WeightSchedule, position_shares
+from arra.align.targets import TargetSpace, on_grid, spatially_normalized
 
-Target = Literal["hybnext", "at"]
+MAIN = "main"
+"""Name of the one term that there always is."""
 
 
 class Alignment(nn.Module):
     """`weight` * distance between projected hidden states of `layer` and the image's feature.
 
     `layer` 0 is the embeddings, k the residual stream after the k-th block. `target` names the positions: "hybnext"
-    every one whose state predicts an image code, "at" every one that holds one. The projector is the only part with
-    parameters.
+    every one whose state predicts an image code, "at" every one that holds one, and more (`positions.Target`).
+    `encoder` says which of several teachers' features it wants. The projector is the only part with parameters.
     """
 
     target_mean: Tensor
@@ -34,30 +40,185 @@ class Alignment(nn.Module):
         feature_size: int,
         layer: int = 1,
         target: Target = "hybnext",
-        loss: Literal["cosine"] = "cosine",
+        loss: Loss = "cosine",
         weight: float = 1.0,
+        projector: ProjectorKind = "mlp",
         inner_size: int | None = None,
         space: TargetSpace | None = None,
+        encoder: str = "teacher",
+        temperature: float = 0.1,
+        spatial_norm: float | None = None,
+        position_power: float = 0.0,
+        schedule: WeightSchedule | None = None,
+        balance: Balance | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if target not in get_args(Target) or loss != "cosine":
-            raise ValueError(f"target {target!r} with loss {loss!r}: 'hybnext' or 'at', with 'cosine', are built")
-        self.layer, self.weight, self.target = layer, weight, target
+        for word, value, known in (
+            ("target", target, Target),
+            ("loss", loss, Loss),
+            ("projector", projector, ProjectorKind),
+        ):
+            if value not in get_args(known):
+                raise ValueError(f"{word} {value!r}: expected one of {', '.join(get_args(known))}")
+        if projector == "conv" and target not in ON_GRID:
+            raise ValueError(f"a convolution needs a state for every code of the grid; target {target!r} has not")
+        if loss in CONTRASTING and target == "causal":
+            raise ValueError(f"loss {loss!r} compares whole pictures or patches, which target 'causal' has not")
+        if spatial_norm is not None and target != "patch":
+            raise ValueError(f"spatial_norm is of patches; target {target!r} has none")
+        self.layer, self.weight, self.target, self.loss = layer, weight, target, loss
+        self.encoder, self.temperature, self.spatial_norm = encoder, temperature, spatial_norm
+        self.position_power, self.balance = position_power, balance
+        self.schedule = schedule or WeightSchedule()
         space = space or TargetSpace(torch.zeros(feature_size))
         # buffers, so that the space moves to a device with the projector; never saved
         self.register_buffer("target_mean", space.mean, persistent=False)
         self.register_buffer("target_axes", space.axes, persistent=False)
-        self.projector = Projector(hidden_size, space.size, inner_size=inner_size, seed=seed)
+        self.projector = Projector(hidden_size, space.size, kind=projector, inner_size=inner_size, seed=seed)
+
+    @property
+    def contrasts_pictures(self) -> bool:
+        """Whether a state's loss depends on the features of other pictures of the batch."""
+        return self.loss in CONTRASTING and self.target not in BY_POSITION
 
     @property
     def space(self) -> TargetSpace:
         """The target space, on this module's device."""
         return TargetSpace(self.target_mean, self.target_axes)
 
+    def weight_at(self, step: int, *, steps: int) -> float:
+        """Its weight at a step counted from 0, schedule and balance taken in."""
+        factor = self.schedule.factor(step, steps=steps)
+        return self.weight * factor * (1.0 if self.balance is None else self.balance.factor)
+
     def forward(
-        self, hidden: Float[Tensor, "B T D"], features: Float[Tensor, "B F"], positions: Bool[Tensor, "B T"]
+        self,
+        hidden: Float[Tensor, "B T D"],
+        features: Float[Tensor, "B F"] | Float[Tensor, "B P F"],
+        positions: Bool[Tensor, "B T"],
+        *,
+        grid: tuple[int, int] | None = None,
+        candidates: Float[Tensor, "C F"] | None = None,
     ) -> Float[Tensor, ""]:
-        """The unweighted loss at the target's positions, in [0, 2]; the feature gets no gradient."""
-        hidden = hidden.to(self.projector.first.weight.dtype)  # frozen parts of a model may be narrower
-        return cosine_loss(self.projector(hidden), self.space(features).detach(), positions)
+        """The unweighted loss, mean over each image's positions, then over images that have any.
+
+        Features get no gradient. `grid` is needed by what knows where a position lies: target "patch" and the
+        convolution. `candidates` are the features of the whole batch, of which this may be a part; None takes these.
+        """
+        each, image = self._each(hidden, features, positions, grid, candidates)
+        per_image = image_means(each, image, self._shares(image), len(positions))
+        return per_image.sum() / positions.any(1).sum().clamp(min=1)
+
+    def each(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        features: Float[Tensor, "B F"] | Float[Tensor, "B P F"],
+        positions: Bool[Tensor, "B T"],
+        *,
+        grid: tuple[int, int] | None = None,
+        candidates: Float[Tensor, "C F"] | None = None,
+    ) -> Float[Tensor, "N Q"]:
+        """The distance at every position, for the images that have any (all as many)."""
+        return self._each(hidden, features, positions, grid, candidates)[0].unflatten(
+            0, (int(positions.any(1).sum()), -1)
+        )
+
+    def _each(
+        self,
+        hidden: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        grid: tuple[int, int] | None,
+        candidates: Tensor | None,
+    ) -> tuple[Float[Tensor, " M"], Int[Tensor, " M"]]:
+        """Distances, and of which image each is."""
+        image, rows = positions.nonzero()[:, 0], positions.any(1)
+        if not len(image):  # what is left out of a step would have no gradient instead of none: parameters and states
+            return hidden[positions].sum(1) + sum(parameter.sum() for parameter in self.parameters()), image
+        # frozen parts of a model may be narrower, and autocast narrows what it likes
+        states = hidden[positions].to(self.projector.dtype or self.target_mean.dtype)
+        if self.projector.kind == "conv":
+            assert grid is not None
+            projected = self.projector(states.unflatten(0, (int(rows.sum()), -1)), grid=grid).flatten(0, 1)
+        else:
+            projected = self.projector(states)
+        if self.target not in BY_POSITION:
+            whole = self.space(features).detach()
+            others = same = None
+            if self.loss in CONTRASTING:
+                pictures = features[rows] if candidates is None else candidates  # rows of text have none
+                others = self.space(pictures).detach()
+                # told by the features themselves: their space may round a row otherwise in another batch
+                same = same_rows(features, pictures)[image]
+            return self._distances(projected, whole[image], others, same), image
+        targets = self.space(self._by_position(features[rows], len(image) // int(rows.sum()), grid)).detach()
+        if self.loss in CONTRASTING:
+            parts = zip(projected.unflatten(0, targets.shape[:2]), targets, strict=True)
+            return torch.cat([self._distances(one, own, own) for one, own in parts]), image
+        return self._distances(projected, targets.flatten(0, 1), None), image
+
+    def _distances(
+        self, projected: Tensor, target: Tensor, candidates: Tensor | None, same: Tensor | None = None
+    ) -> Tensor:
+        return distances(
+            projected, target, loss=self.loss, candidates=candidates, same=same, temperature=self.temperature
+        )
+
+    def _by_position(self, features: Tensor, count: int, grid: tuple[int, int] | None) -> Float[Tensor, "N P F"]:
+        """What each position is aligned with, of `count` positions."""
+        if self.target == "patch":
+            assert grid is not None
+            return patch_targets(features, grid, self.spatial_norm)
+        bands = features.shape[1]
+        return features[:, torch.arange(count, device=features.device) * bands // count]
+
+    def _shares(self, image: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
+        """The weight of every position within its image."""
+        if not self.position_power or not len(image):
+            return torch.ones_like(image, dtype=torch.float32)
+        counts = image.bincount()[image.unique()].tolist()
+        return torch.cat([_shares(count, self.position_power, image.device) for count in counts])
+
+
+class Alignments(nn.Module):
+    """Several alignment terms of one model, by name; the first is `main`."""
+
+    def __init__(self, terms: Mapping[str, Alignment]) -> None:
+        super().__init__()
+        self.terms = nn.ModuleDict(terms)
+
+    @classmethod
+    def of(cls, alignment: "Alignment | Alignments | None") -> "Alignments | None":
+        """The terms; one alone becomes `main`."""
+        return cls({MAIN: alignment}) if isinstance(alignment, Alignment) else alignment
+
+    def __getitem__(self, name: str) -> Alignment:
+        return cast(Alignment, self.terms[name])
+
+    def items(self) -> list[tuple[str, Alignment]]:
+        """Names and terms."""
+        return [(name, cast(Alignment, term)) for name, term in self.terms.items()]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers to capture, each once."""
+        return tuple(sorted({term.layer for _, term in self.items()}))
+
+    def weights_at(self, step: int, *, steps: int) -> dict[str, float]:
+        """Every term's weight at a step counted from 0."""
+        return {name: term.weight_at(step, steps=steps) for name, term in self.items()}
+
+
+def patch_targets(
+    patches: Float[Tensor, "N P F"], grid: tuple[int, int], spatial_norm: float | None
+) -> Float[Tensor, "N Q F"]:
+    """The features of patches at the places of the codes."""
+    if spatial_norm is not None:
+        patches = spatially_normalized(patches, spatial_norm)
+    return on_grid(patches, grid)
+
+
+@lru_cache(maxsize=16)
+def _shares(count: int, power: float, device: torch.device) -> Float[Tensor, " P"]:
+    return torch.tensor(position_shares(count, power), device=device)

@@ -1,13 +1,14 @@
 """Batches for training: which pictures, in which order, with which condition, are functions of (seed, step) alone.
 
-Legend: B batch, C prefix positions, P image positions, T = C + P, F feature, E caption feature, N records of the split.
+Legend: B batch, C prefix positions, W of them without the REP token, P image positions, T = C + P, F feature,
+E caption feature, N records of the split.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from arra.data.conditions import Conditions, Prefix, text_prefixes
 from arra.data.order import Plan, mix, part_of
+
+Features: TypeAlias = Mapping[str, Tensor]
+"""By the name that the recipe gives each teacher: (B, F) of whole pictures, (B, P, F) of patches or bands."""
 
 NOTHING = -100
 """Label of a position whose token nobody predicts."""
@@ -30,11 +34,15 @@ class TrainBatch:
     """The token itself where it is a code, -100 elsewhere."""
     code_mask: Bool[Tensor, "B T"]
     prefix_mask: Bool[Tensor, "B C"] | None
-    features: Float[Tensor, "B F"] | None = None
+    features: Features | None = None
     rows: Int[Tensor, " B"] | None = None
     """Which record each row is."""
-    caption: Float[Tensor, "B C E"] | None = None
+    caption: Float[Tensor, "B W E"] | None = None
     null_caption: Bool[Tensor, " B"] | None = None
+    rep_mask: Bool[Tensor, "B T"] | None = None
+    """Where the token stands that target `rep` aligns; None where the model has none."""
+    grid: tuple[int, int] | None = None
+    """Height and width in codes of the batch's pictures."""
 
     def inputs(self) -> dict[str, Tensor]:
         """What the model is told beside the tokens, by the names of its keyword arguments."""
@@ -51,35 +59,37 @@ class TrainBatch:
         """S = T - 1 positions of the fed sequence whose state predicts a code: one to the left of each code."""
         return self.code_mask[:, 1:]
 
-    @property
-    def holding(self) -> Bool[Tensor, "B S"]:
-        """S = T - 1 positions of the fed sequence that hold a code: one fewer than predict one."""
-        return self.code_mask[:, :-1]
-
 
 def text_batch(
     prompts: Sequence[Sequence[int]],
     codes: Int[Tensor, "B P"],
     *,
     prefix_length: int,
-    features: Float[Tensor, "B F"] | None = None,
+    features: Features | None = None,
     rows: Int[Tensor, " B"] | None = None,
+    rep_token: bool = False,
 ) -> TrainBatch:
-    """A batch from prompt ids and codes."""
-    return make_batch(text_prefixes(prompts, prefix_length), codes, features=features, rows=rows)
+    """A batch from prompt ids and codes; `prefix_length` does not count the REP token."""
+    prefix = text_prefixes(prompts, prefix_length, rep_token=rep_token)
+    return make_batch(prefix, codes, features=features, rows=rows)
 
 
 def make_batch(
     prefix: Prefix,
     codes: Int[Tensor, "B P"],
     *,
-    features: Float[Tensor, "B F"] | None = None,
+    features: Features | None = None,
     rows: Int[Tensor, " B"] | None = None,
 ) -> TrainBatch:
     """A batch from prefixes and codes, laid out as sampling does it."""
     tokens = torch.cat([prefix.tokens, codes], 1)
     code_mask = torch.zeros_like(tokens, dtype=torch.bool)
-    code_mask[:, prefix.tokens.shape[1] :] = True
+    length = prefix.tokens.shape[1]
+    code_mask[:, length:] = True
+    rep_mask = None
+    if prefix.rep_token:
+        rep_mask = torch.zeros_like(code_mask)
+        rep_mask[:, length - 1] = True
     return TrainBatch(
         tokens=tokens,
         labels=torch.where(code_mask, tokens, NOTHING),
@@ -89,6 +99,8 @@ def make_batch(
         rows=rows,
         caption=prefix.caption,
         null_caption=prefix.null_caption,
+        rep_mask=rep_mask,
+        grid=prefix.grid,
     )
 
 
@@ -101,7 +113,7 @@ class Writes(Protocol):
         prefix: Prefix,
         codes: Int[Tensor, "B P"],
         *,
-        features: Float[Tensor, "B F"] | None = None,
+        features: Features | None = None,
         rows: Int[Tensor, " B"] | None = None,
     ) -> TrainBatch: ...
 
@@ -112,9 +124,7 @@ class Pictures(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(
-        self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]
-    ) -> tuple[Int[Tensor, "B P"], Float[Tensor, "B F"] | None]:
+    def take(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> tuple[Int[Tensor, "B P"], Features | None]:
         """Codes and features of the records; `chance` in [0, 1) chooses among a picture's crops."""
         ...
 
@@ -128,15 +138,15 @@ class InMemory:
     """Codes and features held as tensors."""
 
     codes: Int[Tensor, "N P"]
-    features: Float[Tensor, "N F"] | None = None
+    features: Features | None = None
 
     def __len__(self) -> int:
         return len(self.codes)
 
-    def take(
-        self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]
-    ) -> tuple[Int[Tensor, "B P"], Float[Tensor, "B F"] | None]:
-        return self.codes[rows], None if self.features is None else self.features[rows]
+    def take(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> tuple[Int[Tensor, "B P"], Features | None]:
+        if self.features is None:
+            return self.codes[rows], None
+        return self.codes[rows], {name: each[rows] for name, each in self.features.items()}
 
     def expect(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> None:
         """Nothing; all is there."""

@@ -1,11 +1,11 @@
 """What stands before the codes of every record: the words of a prompt, a class, or the features of a caption.
 
 Batches ask for it with chances drawn for the whole batch, so that a row's condition is a function of (seed, step).
-Legend: B batch, C prefix positions, F caption feature, N records of the split.
+Legend: B batch, C prefix positions, W of them without the REP token, F caption feature, N records of the split.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from arra.data.layout import caption_prefix, text_prefix
+from arra.data.layout import append_rep, caption_prefix, text_prefix
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,25 @@ class Prefix:
     """The positions before the codes, for some records."""
 
     tokens: Int[Tensor, "B C"]
-    """Text or class ids; zeros where caption features stand."""
+    """Text or class ids; zeros where caption features or the REP token stand."""
     mask: Bool[Tensor, "B C"] | None = None
     """False where there is padding; None where there can be none."""
-    caption: Float[Tensor, "B C F"] | None = None
+    caption: Float[Tensor, "B W F"] | None = None
     null_caption: Bool[Tensor, " B"] | None = None
     """Rows whose caption the model replaces by its null caption."""
     prompts: tuple[Sequence[int] | None, ...] | None = None
     """For language models: the prompts' ids, of any length; None writes a row without a prompt."""
     grid: tuple[int, int] | None = None
     """For language models: height and width in codes of these pictures."""
+    rep_token: bool = False
+    """Whether the last position is the REP token, whose state can be aligned; a language model's layout says so."""
+
+    def with_rep(self, rep_token: bool) -> "Prefix":
+        """The same, with the REP token behind it if there is to be one."""
+        if not rep_token:
+            return self
+        tokens, mask = append_rep(self.tokens, self.mask)
+        return replace(self, tokens=tokens, mask=mask, rep_token=True)
 
 
 @runtime_checkable
@@ -39,12 +48,12 @@ class Conditions(Protocol):
 
     @property
     def length(self) -> int:
-        """Prefix positions C."""
+        """Prefix positions W, the REP token not counted, so that chances are the same with and without it."""
         ...
 
     def __len__(self) -> int: ...
 
-    def take(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 3"], kept: Float[Tensor, "B C"]) -> Prefix:
+    def take(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 3"], kept: Float[Tensor, "B W"]) -> Prefix:
         """The prefixes of the records.
 
         `chance` in [0, 1] says whether a condition is dropped, whether another text stands in its place, and which;
@@ -70,18 +79,19 @@ class TextConditions:
     """Share of rows that use one of the record's alternative texts, where it has any."""
     word_dropout: float = 0.0
     """Share of a prompt's ids left out, each on its own, so that a model cannot learn captions as a whole by heart."""
+    rep_token: bool = False
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def take(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 3"], kept: Float[Tensor, "B C"]) -> Prefix:
+    def take(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 3"], kept: Float[Tensor, "B W"]) -> Prefix:
         prompts = [self._prompt(int(row), *draws.tolist()) for row, draws in zip(rows, chance, strict=True)]
         if self.word_dropout:
             prompts = [
                 [each for each, share in zip(ids, shares, strict=False) if share >= self.word_dropout]
                 for ids, shares in zip(prompts, kept.tolist(), strict=True)
             ]
-        return text_prefixes(prompts, self.length)
+        return text_prefixes(prompts, self.length, rep_token=self.rep_token)
 
     def expect(self, rows: Int[Tensor, " B"]) -> None:
         """Nothing; all is there."""
@@ -103,6 +113,7 @@ class ClassConditions:
     null: int
     dropout: float = 0.0
     """Share of rows whose class is replaced by the null class."""
+    rep_token: bool = False
 
     @property
     def length(self) -> int:
@@ -111,9 +122,9 @@ class ClassConditions:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 3"], kept: Float[Tensor, "B C"]) -> Prefix:
+    def take(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 3"], kept: Float[Tensor, "B W"]) -> Prefix:
         labels = torch.where(chance[:, 0] < self.dropout, self.null, self.labels[rows])
-        return Prefix(labels[:, None])
+        return Prefix(labels[:, None]).with_rep(self.rep_token)
 
     def expect(self, rows: Int[Tensor, " B"]) -> None:
         """Nothing; all is there."""
@@ -144,11 +155,12 @@ class CaptionConditions:
     """Share of rows whose caption the model replaces by its null caption; their mask stays, as in LlamaGen."""
     alternative_share: float = 0.0
     """Share of rows that use the shorter text, where the record has one."""
+    rep_token: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 3"], kept: Float[Tensor, "B C"]) -> Prefix:
+    def take(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 3"], kept: Float[Tensor, "B W"]) -> Prefix:
         own = self.rows[rows.numpy()]
         values = self.features.take_ragged(own)
         if self.short is not None:
@@ -158,7 +170,7 @@ class CaptionConditions:
                     values[place] = value
         caption, mask = caption_prefix(values, self.length, width=self.width)
         tokens = torch.zeros(mask.shape, dtype=torch.int64)
-        return Prefix(tokens, mask, caption, chance[:, 0] < self.dropout)
+        return Prefix(tokens, mask, caption, chance[:, 0] < self.dropout).with_rep(self.rep_token)
 
     def expect(self, rows: Int[Tensor, " B"]) -> None:
         """Nothing; a remote store begins to fetch them."""
@@ -166,8 +178,9 @@ class CaptionConditions:
             column.expect(self.rows[rows.numpy()])
 
 
-def text_prefixes(prompts: Sequence[Sequence[int]], length: int) -> Prefix:
-    """Prompt ids laid out as sampling does it."""
+def text_prefixes(prompts: Sequence[Sequence[int]], length: int, *, rep_token: bool = False) -> Prefix:
+    """Prompt ids laid out as sampling does it: `length` positions, and the REP token behind them where it is wanted."""
     written = [text_prefix(ids, length) for ids in prompts]
     tokens = torch.tensor([tokens for tokens, _ in written], dtype=torch.int64).view(-1, length)
-    return Prefix(tokens, torch.tensor([mask for _, mask in written], dtype=torch.bool).view(-1, length))
+    mask = torch.tensor([mask for _, mask in written], dtype=torch.bool).view(-1, length)
+    return Prefix(tokens, mask).with_rep(rep_token)

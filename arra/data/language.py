@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from arra.data.batches import NOTHING, Batches, TrainBatch, generator
+from arra.data.batches import NOTHING, Batches, Features, TrainBatch, generator
 from arra.data.conditions import Prefix
 from arra.data.layout import Grid, ImageLayout, Written
 
@@ -64,7 +64,7 @@ class LayoutWriter:
         prefix: Prefix,
         codes: Int[Tensor, "B P"],
         *,
-        features: Float[Tensor, "B F"] | None = None,
+        features: Features | None = None,
         rows: Int[Tensor, " B"] | None = None,
     ) -> TrainBatch:
         """The batch."""
@@ -72,25 +72,29 @@ class LayoutWriter:
         assert prefix.grid is not None
         grids = codes.unflatten(1, prefix.grid).numpy()
         written = [self.layout.sequence(ids, grid) for ids, grid in zip(prefix.prompts, grids, strict=True)]
-        return padded_batch(written, features=features, rows=rows)
+        return padded_batch(written, features=features, rows=rows, grid=prefix.grid)
 
 
 def padded_batch(
     written: Sequence[Written],
     *,
-    features: Float[Tensor, "B F"] | None = None,
+    features: Features | None = None,
     rows: Int[Tensor, " B"] | None = None,
+    grid: Grid | None = None,
 ) -> TrainBatch:
     """A batch of sequences of any lengths, padded behind with tokens that nobody predicts and nobody sees."""
     shape = (len(written), max(len(each.tokens) for each in written))
     tokens, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, NOTHING)
     code_mask = torch.zeros(shape, dtype=torch.bool)
+    rep_mask = None if all(each.rep_mask is None for each in written) else torch.zeros_like(code_mask)
     for place, each in enumerate(written):
         length = len(each.tokens)
         tokens[place, :length] = torch.as_tensor(each.tokens)
         labels[place, :length] = torch.as_tensor(each.labels)
         code_mask[place, :length] = torch.as_tensor(each.code_mask)
-    return TrainBatch(tokens, labels, code_mask, None, features=features, rows=rows)
+        if rep_mask is not None and each.rep_mask is not None:
+            rep_mask[place, :length] = torch.as_tensor(each.rep_mask)
+    return TrainBatch(tokens, labels, code_mask, None, features=features, rows=rows, rep_mask=rep_mask, grid=grid)
 
 
 @dataclass(frozen=True)
@@ -154,5 +158,20 @@ def joined(images: TrainBatch, text: TrainBatch) -> TrainBatch:
 
     features = images.features
     if features is not None:
-        features = torch.cat([features, features.new_zeros(len(text.tokens), features.shape[1])])
-    return TrainBatch(both("tokens", 0), both("labels", NOTHING), both("code_mask", False), None, features=features)
+        features = {
+            name: torch.cat([each, each.new_zeros(len(text.tokens), *each.shape[1:])])
+            for name, each in features.items()
+        }
+    rep_mask = None
+    if images.rep_mask is not None:
+        rest = (0, width - images.tokens.shape[1], 0, len(text.tokens))
+        rep_mask = torch.nn.functional.pad(images.rep_mask, rest, value=False)
+    return TrainBatch(
+        both("tokens", 0),
+        both("labels", NOTHING),
+        both("code_mask", False),
+        None,
+        features=features,
+        rep_mask=rep_mask,
+        grid=images.grid,
+    )

@@ -51,6 +51,15 @@ def text_prefix(ids: Sequence[int], prefix_length: int) -> tuple[list[int], list
     return [PAD] * padding + [*ids, BOI], [False] * padding + [True] * (len(ids) + 1)
 
 
+def append_rep(
+    tokens: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"] | None
+) -> tuple[Int[Tensor, "B C+1"], Bool[Tensor, "B C+1"] | None]:
+    """Tokens and mask of prefixes with the REP token behind them: it has no id but a vector of the decoder's own, and
+    is a real position in every row."""
+    widened = torch.nn.functional.pad(tokens, (0, 1), value=PAD)
+    return widened, None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
+
+
 def caption_prefix(
     features: Sequence[Float[np.ndarray, "_ F"]], prefix_length: int, *, width: int
 ) -> tuple[Float[Tensor, "B C F"], Bool[Tensor, "B C"]]:
@@ -82,13 +91,15 @@ class Written:
     """The token itself where it carries loss, else `NO_LABEL`."""
     code_mask: Bool[np.ndarray, "T"]
     """Codes of images that carry loss; the hidden state one to the left predicts each."""
+    rep_mask: Bool[np.ndarray, "T"] | None = None
+    """Where a REP token stands before an image that carries loss; None where the layout has none."""
 
 
 class ImageLayout(Settings):
     """How a language model writes an image: which token ids mean what, and their order.
 
-    begin, side tokens (height, then width), rows of codes with a new-line token after each, end. What a family lacks
-    is null. `arra.tokenizers.vocabulary` makes layouts from token names.
+    rep, begin, side tokens (height, then width), rows of codes with a new-line token after each, end. What a family
+    lacks is null. `arra.tokenizers.vocabulary` makes layouts from token names.
 
     Source: Lumina-mGPT `lumina_mgpt/data/item_processor.py` (lumina); facebookresearch/chameleon (chameleon).
     """
@@ -110,6 +121,10 @@ class ImageLayout(Settings):
     """Side tokens are first_size + 1 .. first_size + num_sizes."""
     closing: tuple[NonNegativeInt, ...] = ()
     """Ends the image's turn, after end_image."""
+    rep: NonNegativeInt | None = None
+    """The REP token, right before begin_image of every image that is answered; null: none is written."""
+    rep_id: NonNegativeInt | None = None
+    """The token that the vocabulary has for REP, written or not; null: it has none."""
     first_code: NonNegativeInt
     """Id of code 0, or the least id of a code where code_order says which is which."""
     num_codes: PositiveInt
@@ -119,8 +134,9 @@ class ImageLayout(Settings):
     """What is encoded in place of the prompt; {width} and {height} are the image's pixels."""
     pixels_per_code: PositiveInt = 16
     unconditional: Literal["image_only", "empty_prompt"] = "image_only"
-    """What a sequence without condition is, in training and as guidance's null row: all from begin_image on (no bos, no
-    text, positions from 0), or the sequence of a prompt that has no ids."""
+    """What a sequence without condition is, in training and as guidance's null row: all from begin_image on, with the
+    REP token before it where there is one (no bos, no text, positions from 0), or the sequence of a prompt that has no
+    ids."""
     max_positions: PositiveInt | None = None
     """Longest sequence of the model; null: no limit."""
 
@@ -135,12 +151,15 @@ class ImageLayout(Settings):
                 raise ValueError(f"'code_order' must name {self.num_codes} ids, each once")
             if min(self.code_order) != self.first_code:
                 raise ValueError(f"'first_code' is {self.first_code}, the least id of 'code_order' another")
+        if self.rep is not None and self.rep_id not in (None, self.rep):
+            raise ValueError(f"'rep' is {self.rep}, but 'rep_id' says that {self.rep_id} is the REP token")
         parts = {
             "begin_image": [self.begin_image],
             "end_image": [self.end_image],
             "new_line": _given(self.new_line),
             "a side": self._size_ids,
             "a code": self._ids.tolist(),
+            "rep": self._rep_ids,
             # these may share ids: some models have one for all
             "bos, separator or closing": {*_given(self.bos), *_given(self.separator), *self.closing},
         }
@@ -166,6 +185,10 @@ class ImageLayout(Settings):
     def _size_ids(self) -> list[int]:
         return [] if self.first_size is None else [self.first_size + n for n in range(1, self.num_sizes + 1)]
 
+    @property
+    def _rep_ids(self) -> list[int]:
+        return _given(self.rep if self.rep_id is None else self.rep_id)
+
     def code_ids(self) -> Int[Tensor, "K"]:
         """The token id of every code."""
         return torch.from_numpy(self._ids.copy())
@@ -173,11 +196,11 @@ class ImageLayout(Settings):
     def reserved(self) -> frozenset[int]:
         """Ids that text of a user may never become."""
         named = [self.begin_image, self.end_image, *_given(self.bos), *_given(self.separator), *_given(self.new_line)]
-        return frozenset([*named, *self.closing, *self._size_ids, *self._ids.tolist()])
+        return frozenset([*named, *self._rep_ids, *self.closing, *self._size_ids, *self._ids.tolist()])
 
     def image_ids(self) -> frozenset[int]:
-        """Ids that stand in images alone: codes, sides, begin and end, new-line."""
-        named = [self.begin_image, self.end_image, *_given(self.new_line)]
+        """Ids that are written for images alone: codes, sides, begin and end, new-line, REP."""
+        named = [self.begin_image, self.end_image, *_given(self.new_line), *_given(self.rep)]
         return frozenset([*named, *self._size_ids, *self._ids.tolist()])
 
     def text(self, prompt: str, grid: Grid) -> str:
@@ -212,7 +235,7 @@ class ImageLayout(Settings):
 
     def prefix(self, prompt_ids: Sequence[int] | None, grid: Grid) -> list[int]:
         """Everything before the first code; without ids the form that has no condition."""
-        return [*self._question(prompt_ids), *self.opening(grid)]
+        return [*self._question(prompt_ids), *_given(self.rep), *self.opening(grid)]
 
     def after(self, index: int, grid: Grid) -> list[int]:
         """The tokens that must follow code `index` (in raster order) before the next code, or to the very end."""
@@ -231,23 +254,27 @@ class ImageLayout(Settings):
     def sequence(self, prompt_ids: Sequence[int] | None, codes: Integer[np.ndarray, "h w"]) -> Written:
         """A prompt and its image; without ids the form that has no condition. All of the image's turn carries loss."""
         if prompt_ids is None and self.unconditional == "image_only":
-            tokens = np.array([*self._image_ids(codes), *self.closing], np.int64)
+            tokens = np.array([*_given(self.rep), *self._image_ids(codes), *self.closing], np.int64)
             return self._written(tokens, tokens.copy())
         return self.write([[list(prompt_ids or [])], [codes]])
 
     def write(self, turns: Sequence[Sequence[Piece]]) -> Written:
         """A conversation: what is asked and what is answered, in turns; each turn is pieces of text and images.
 
-        Answers carry loss: text, images, and the tokens that end them. An answer ends with `closing`; where that is
-        empty and another turn follows, with the separator.
+        Answers carry loss: text, images with the REP token before each, and the tokens that end them. An answer ends
+        with `closing`; where that is empty and another turn follows, with the separator. Images that are asked about
+        have no REP token.
         """
         tokens, ends = _given(self.bos), _given(self.separator)
         labels = [NO_LABEL] * len(tokens)
         for number, pieces in enumerate(turns):
             turn: list[int] = []
-            for piece in pieces:
-                turn += self._image_ids(piece) if isinstance(piece, np.ndarray) else piece
             answer = number % 2 == 1
+            for piece in pieces:
+                if isinstance(piece, np.ndarray):
+                    turn += [*(_given(self.rep) if answer else []), *self._image_ids(piece)]
+                else:
+                    turn += piece
             turn += (self.closing or (ends if number + 1 < len(turns) else [])) if answer else ends
             tokens += turn
             labels += turn if answer else [NO_LABEL] * len(turn)
@@ -256,7 +283,7 @@ class ImageLayout(Settings):
     def length(self, num_prompt_ids: int | None, grid: Grid) -> int:
         """Number of tokens of a sequence; None as in `sequence`."""
         prompt = None if num_prompt_ids is None else [0] * num_prompt_ids
-        return len(self._question(prompt)) + len(self.image(grid)) + len(self.closing)
+        return len(self._question(prompt)) + len(_given(self.rep)) + len(self.image(grid)) + len(self.closing)
 
     def check_fits(self, num_prompt_ids: int | None, grid: Grid, *, where: str) -> None:
         """Nothing.
@@ -285,6 +312,8 @@ class ImageLayout(Settings):
         if found.count(self.begin_image) != 1:
             raise ArraError(f"{self._where}: {found.count(self.begin_image)} begin-image tokens; expected one image")
         start = found.index(self.begin_image)
+        if self.rep is not None and start and found[start - 1] != self.rep:
+            raise ArraError(f"{self._where}: token {found[start - 1]} before begin-image; expected REP, {self.rep}")
         if self.end_image not in found[start:]:
             raise ArraError(f"{self._where}: the image has no end; it was cut off after {len(found) - start} tokens")
         segment = found[start : found.index(self.end_image, start) + 1]
@@ -342,7 +371,7 @@ class ImageLayout(Settings):
         return [*opening, *rows.ravel().tolist(), self.end_image]
 
     def _written(self, tokens: Int64[np.ndarray, "T"], labels: Int64[np.ndarray, "T"]) -> Written:
-        return Written(tokens, labels, np.isin(labels, self._ids))
+        return Written(tokens, labels, np.isin(labels, self._ids), None if self.rep is None else labels == self.rep)
 
 
 def _given(token: int | None) -> list[int]:

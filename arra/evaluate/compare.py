@@ -9,6 +9,7 @@ Letters: N pictures, F features.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -93,14 +94,14 @@ def compare(
     Raises: ArraError when the cards cannot be compared: other protocol, rows or references, or values that are missing
     or do not give the number on the card.
     """
-    _require_same_protocol(baseline, candidate)
+    require_same_protocol(baseline, candidate)
     others = {row.key: row for row in candidate.card.results}
     differences = []
     for row in baseline.card.results:
         if row.subject != "model":
             continue
         other = others[row.key]
-        first, second = _checked_statistic(row, baseline), _checked_statistic(other, candidate)
+        first, second = checked_statistic(row, baseline), checked_statistic(other, candidate)
         groups = baseline.values.get(values_key("groups", split=row.split))
         draws = draw_counts(row.num_images, num_resamples=num_resamples, seed=seed, groups=groups)
         resampled = np.array([second(counts) - first(counts) for counts in draws])
@@ -143,7 +144,7 @@ def compare_seeds(
     if not pairs:
         raise ArraError("no pair of runs to compare; name at least one baseline and one candidate")
     for pair in pairs[1:]:
-        _require_same_protocol(pairs[0][0], pair[0])
+        require_same_protocol(pairs[0][0], pair[0])
     tables = [compare(*pair, num_resamples=num_resamples, level=level, seed=seed) for pair in pairs]
     by_key = [{_row_of(one): one for one in table} for table in tables]
     return [_over_seeds(tuple(table[_row_of(one)] for table in by_key), level=level) for one in tables[0]]
@@ -163,7 +164,7 @@ def student_t_quantile(level: float, *, degrees: int) -> float:
     has no other use for scipy.
     """
     half_pi = math.pi / 2
-    nodes, weights = np.polynomial.legendre.leggauss(200)
+    nodes, weights = _legendre()
 
     def mass(angle: float) -> float:
         return float(weights @ np.cos((nodes + 1) / 2 * angle) ** (degrees - 1) * angle / 2)
@@ -175,8 +176,18 @@ def student_t_quantile(level: float, *, degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(low)
 
 
-def _checked_statistic(row: Result, evaluation: Evaluation) -> Statistic:
-    """The statistic behind a row, refused where the values do not give the row's number."""
+@lru_cache(maxsize=1)
+def _legendre() -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of a quadrature on [-1, 1]; a p-value asks for them dozens of times."""
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    return nodes, weights
+
+
+def checked_statistic(row: Result, evaluation: Evaluation) -> Statistic:
+    """The statistic behind a row of a card.
+
+    Raises: ArraError when the values do not give the row's number.
+    """
     where = f"{evaluation.card.run}: {describe(row)}"
     try:
         statistic = values_statistic(
@@ -239,7 +250,11 @@ def _names_model(key: str) -> bool:
     return key == "run" or key.startswith("model")
 
 
-def _require_same_protocol(baseline: Evaluation, candidate: Evaluation) -> None:
+def require_same_protocol(baseline: Evaluation, candidate: Evaluation) -> None:
+    """Nothing, if two cards measured the same things in the same way on the same pictures.
+
+    Raises: ArraError that names what differs.
+    """
     first, second = baseline.card, candidate.card
     between = f"{first.run} and {second.run}"
     names = sorted(name for name in first.protocol.keys() | second.protocol.keys() if not _names_model(name))

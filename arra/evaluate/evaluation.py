@@ -2,7 +2,8 @@
 
 Every number stands beside the tokenizer's own ceiling: the same measure on held-out pictures passed through it.
 Distances are taken to those reconstructions (what a perfect model would paint) and to the raw pictures (where the
-tokenizer's blur weighs more than the model).
+tokenizer's blur weighs more than the model). The caption judge's picture space gives the same distances
+(`caption_frechet`) without an encoder that resembles the teacher.
 Legend: N pictures of a split, F judge features, h w code grid.
 """
 
@@ -16,7 +17,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from arra.encoders import Encoder
-from arra.encoders.dual import DualEncoder, picture_embeddings
+from arra.encoders.dual import DualEncoder, picture_embeddings, picture_features
 from arra.evaluate.card import Card, Evaluation, Result, measure, values_key
 from arra.evaluate.likelihood import Asked, likelihoods
 from arra.evaluate.retrieval import caption_ranks, class_ranks, retrieval_ranks
@@ -85,7 +86,7 @@ def evaluate_model(
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
-        values |= _split_values(split) | {values_key("nll", split=split.name): found.nll}
+        values |= _split_values(split, caption_judge) | {values_key("nll", split=split.name): found.nll}
         if found.gain is not None:
             kind = "caption_gain" if split.labels is None else "class_gain"
             values[values_key(kind, split=split.name)] = found.gain
@@ -101,9 +102,10 @@ def evaluate_model(
             values[values_key("features", split=split.name, cfg_scale=scale)] = features
             values |= _ranks(split, features, split.reconstruction_features, cfg_scale=scale)
             if caption_judge is not None and split.captions is not None:
-                seen = picture_embeddings(caption_judge, images)
-                ranks = caption_ranks(seen, split.captions)
+                ranks = caption_ranks(picture_embeddings(caption_judge, images), split.captions)
                 values[values_key("caption_ranks", split=split.name, cfg_scale=scale)] = ranks
+                seen = picture_features(caption_judge, images)
+                values[values_key("caption_features", split=split.name, cfg_scale=scale)] = seen
     progress("intervals")
     rows = [row for split in splits for row in model_rows(values, split.name, settings)]
     rows += [row for split in splits for row in ceiling(split, settings, caption_judge)]
@@ -169,9 +171,10 @@ def model_rows(values: Mapping[str, Tensor], split: str, settings: EvaluateSetti
     for scale in settings.cfg_scales:
         yield from (row(metric, scale) for metric in _retrievals(values, split, scale))
         for reference in ("reconstructions", "raw"):
-            if values_key(f"reference/{reference}", split=split) in values:
-                yield row("frechet", scale, reference)
-                yield row("kid_x1000", scale, reference)
+            for judge in ("", "caption_"):
+                if values_key(f"reference/{judge}{reference}", split=split) in values:
+                    yield row(f"{judge}frechet", scale, reference)
+                    yield row(f"{judge}kid_x1000", scale, reference)
 
 
 def _retrievals(values: Mapping[str, Tensor], split: str, cfg_scale: float | None) -> Iterator[str]:
@@ -209,6 +212,11 @@ def ceiling(
         ranks = caption_ranks(picture_embeddings(caption_judge, split.reconstructions), split.captions)
         values[values_key("caption_ranks", split=split.name)] = ranks
         measures += [(f"caption_retrieval_at_{k}", None) for k in RECALL_AT]
+        values[values_key("caption_features", split=split.name)] = picture_features(
+            caption_judge, split.reconstructions
+        )
+        values[values_key("reference/caption_raw", split=split.name)] = picture_features(caption_judge, split.raw)
+        measures += [("caption_frechet", "raw"), ("caption_kid_x1000", "raw")]
     for metric, reference in measures:
         row = _measured(values, settings, metric=metric, split=split.name, cfg_scale=None, reference=reference)
         yield dataclasses.replace(row, subject="tokenizer")
@@ -235,11 +243,16 @@ def _measured(
     )
 
 
-def _split_values(split: HeldOutSplit) -> dict[str, Tensor]:
+def _split_values(split: HeldOutSplit, caption_judge: DualEncoder | None) -> dict[str, Tensor]:
     values = {
         values_key("groups", split=split.name): split.groups,
         values_key("reference/reconstructions", split=split.name): split.reconstruction_features,
     }
     if split.raw_features is not None:
         values[values_key("reference/raw", split=split.name)] = split.raw_features
+    if caption_judge is not None and split.captions is not None:
+        for name, images in (("reconstructions", split.reconstructions), ("raw", split.raw)):
+            if images is not None:
+                seen = picture_features(caption_judge, images)
+                values[values_key(f"reference/caption_{name}", split=split.name)] = seen
     return values

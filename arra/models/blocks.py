@@ -22,7 +22,8 @@ from arra.models.settings import DecoderSettings
 def rotary_table(settings: DecoderSettings, device: torch.device | str = "cpu") -> Float[Tensor, "T E2 2"]:
     """(cos, sin) for each position of the sequence and each pair of head elements, float32.
 
-    The first half of the pairs turns with the row, the second with the column. Prefix rows are (0, 0) or (1, 0).
+    The first half of the pairs turns with the row, the second with the column. Prefix rows are (0, 0) or (1, 0), that
+    of the REP token (1, 0): a row of zeros takes away its key, so that no code could look at it more than at others.
     """
     half = settings.head_dim // 2
     height, width = settings.grid
@@ -36,6 +37,8 @@ def rotary_table(settings: DecoderSettings, device: torch.device | str = "cpu") 
     prefix = torch.zeros(settings.prefix_length, half, 2, device=device)
     if settings.prefix_rotary == "identity":
         prefix[..., 0] = 1.0
+    elif settings.rep_token:
+        prefix[-1, :, 0] = 1.0
     return torch.cat([prefix, image])
 
 
@@ -283,7 +286,7 @@ class CaptionEmbedding(nn.Module):
 
     def __init__(self, settings: DecoderSettings) -> None:
         super().__init__()
-        constant = torch.randn(settings.prefix_length, settings.caption_dim) / settings.caption_dim**0.5
+        constant = torch.randn(settings.condition_length, settings.caption_dim) / settings.caption_dim**0.5
         self.register_buffer("uncond_embedding", constant)
         self.cap_proj = CaptionProjection(settings.caption_dim, settings.hidden_size)
 
@@ -305,7 +308,7 @@ class TextEmbedding(nn.Module):
         if settings.text_vocab_size is None:
             raise ValueError("text_vocab_size is None")
         self.text_table = nn.Embedding(settings.text_vocab_size, settings.hidden_size)
-        self.position_table = nn.Embedding(settings.prefix_length, settings.hidden_size)
+        self.position_table = nn.Embedding(settings.condition_length, settings.hidden_size)
 
     def forward(self, tokens: Tensor, start: int, caption: Tensor | None, null_caption: Tensor | None) -> Tensor:
         """(B, S, D) for text ids at prefix positions start..start+S-1."""

@@ -1,9 +1,9 @@
 """The LlamaGen-style decoder: condition and codes go in, the next code's logits come out; `train` and `sample` call it.
 
-A sequence is C prefix positions (a class, caption features or text tokens) followed by P = h*w codes in raster order.
-Parameter names are LlamaGen's own, so its published files load as they are.
-Letters: B batch, S positions given (a slice of the sequence), C prefix length, P image positions, D model width,
-F caption feature size, K codes.
+A sequence is C prefix positions (a class, caption features or text tokens, and perhaps the REP token behind them)
+followed by P = h*w codes in raster order. Parameter names are LlamaGen's own, so its published files load as they are.
+Letters: B batch, S positions given (a slice of the sequence), C prefix length, W of it without the REP token, P image
+positions, D model width, F caption feature size, K codes.
 Source: FoundationVision/LlamaGen, autoregressive/models/gpt.py (behaviour matched, its defects not).
 """
 
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from arra.data.layout import text_prefix
+from arra.data.conditions import Prefix, text_prefixes
 from arra.errors import ArraError
 from arra.models import lean
 from arra.models.blocks import EMBEDDINGS, Block, RMSNorm, Rotary, attention_mask
@@ -50,7 +50,7 @@ class Condition:
 
     tokens: Int[Tensor, "B C"]
     prefix_mask: Bool[Tensor, "B C"] | None = None
-    caption: Float[Tensor, "B C F"] | None = None
+    caption: Float[Tensor, "B W F"] | None = None
     null_caption: Bool[Tensor, "B"] | None = None
 
     def __len__(self) -> int:
@@ -107,6 +107,10 @@ class Decoder(nn.Module, DecoderFromHub):
         self.rotary = Rotary(settings)
         if not self.norm.weight.is_meta:  # nothing to fill, and it takes as long as building
             self._initialize()
+        if settings.rep_token:  # last, so that all other weights are those of the model without it
+            self.rep_embedding = nn.Embedding(1, settings.hidden_size)
+            if not self.norm.weight.is_meta:
+                nn.init.normal_(self.rep_embedding.weight, std=settings.initializer_range)
 
     def _initialize(self) -> None:
         for module in self.modules():
@@ -137,7 +141,7 @@ class Decoder(nn.Module, DecoderFromHub):
         tokens: Int[Tensor, "B S"],
         *,
         prefix_mask: Bool[Tensor, "B C"] | None = None,
-        caption: Float[Tensor, "B C F"] | None = None,
+        caption: Float[Tensor, "B W F"] | None = None,
         null_caption: Bool[Tensor, "B"] | None = None,
         capture: Sequence[int] = (),
         cache: KVCache | None = None,
@@ -145,9 +149,9 @@ class Decoder(nn.Module, DecoderFromHub):
     ) -> ModelOutput:
         """Hidden states of positions start..start+S-1; the state at position t predicts the code at t+1.
 
-        `tokens` at prefix positions are class or text ids (anything for captions), at later ones codes. False in
-        `prefix_mask` marks padding. Rows of `null_caption` use the stored null caption. With a cache, positions below
-        `start` are read from it and the new ones written to it; without one `start` is 0.
+        `tokens` at prefix positions are class or text ids (anything for captions and REP), at later ones codes. False
+        in `prefix_mask` marks padding. Rows of `null_caption` use the stored null caption. With a cache, positions
+        below `start` are read from it and the new ones written to it; without one `start` is 0.
         """
         if start and cache is None:
             raise ValueError("start > 0 needs the cache that holds the positions before it")
@@ -190,8 +194,13 @@ class Decoder(nn.Module, DecoderFromHub):
         codes = self.tok_embeddings(tokens[:, num_prefix:])
         if num_prefix == 0:
             return codes
-        prefix = self.cls_embedding(tokens[:, :num_prefix], start, caption, null_caption)
-        return torch.cat([prefix, codes], dim=1)
+        num_asked = min(max(self.settings.condition_length - start, 0), tokens.shape[1])
+        parts = [codes]
+        if num_asked < num_prefix:
+            parts.insert(0, self.rep_embedding.weight.expand(len(tokens), 1, -1))
+        if num_asked:
+            parts.insert(0, self.cls_embedding(tokens[:, :num_asked], start, caption, null_caption))
+        return torch.cat(parts, dim=1)
 
     def prefill(
         self, rows: Condition, codes: Int[Tensor, "B n"], *, grid: tuple[int, int]
@@ -248,7 +257,7 @@ class Decoder(nn.Module, DecoderFromHub):
     ) -> Condition:
         """The prefix for labels, prompts or captions, whichever this decoder was built for.
 
-        `captions` is (features (B, C, F), mask (B, C) or None), real vectors in any order of padding: they are moved
+        `captions` is (features (B, W, F), mask (B, W) or None), real vectors in any order of padding: they are moved
         to the end and the padding is zeroed, as LlamaGen's sampler does.
         Raises: ArraError when the kind or a value does not fit the decoder.
         """
@@ -273,15 +282,21 @@ class Decoder(nn.Module, DecoderFromHub):
         """The unconditional twin of a condition: null class, null caption under the same mask, or the empty prompt."""
         tokens = condition.tokens
         if self.settings.condition == "class":
-            return Condition(torch.full_like(tokens, self.settings.num_classes))
+            return self._with_rep(Prefix(torch.full_like(tokens[:, :1], self.settings.num_classes)))
         if self.settings.condition == "caption":
             null = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
             return Condition(tokens, condition.prefix_mask, condition.caption, null)
-        ids, mask = text_prefix([], self.settings.prefix_length)
-        return Condition(
-            torch.tensor(ids, device=tokens.device).expand_as(tokens),
-            torch.tensor(mask, device=tokens.device).expand_as(tokens),
-        )
+        return self._text_prefixes([[]]).select(torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device))
+
+    def _with_rep(self, prefix: Prefix) -> Condition:
+        """The prefixes, with the REP token behind them where this decoder has one."""
+        whole = prefix.with_rep(self.settings.rep_token)
+        return Condition(whole.tokens, whole.mask, whole.caption, whole.null_caption)
+
+    def _text_prefixes(self, prompts: Sequence[Sequence[int]]) -> Condition:
+        prefix = text_prefixes(prompts, self.settings.condition_length)
+        assert prefix.mask is not None
+        return self._with_rep(Prefix(prefix.tokens.to(self.device), prefix.mask.to(self.device)))
 
     def _class_condition(self, labels: Sequence[int] | Tensor) -> Condition:
         tokens = torch.as_tensor(labels, device=self.device, dtype=torch.int64)
@@ -291,17 +306,15 @@ class Decoder(nn.Module, DecoderFromHub):
                 f"labels: {outside[0].item()} is outside 0..{self.settings.num_classes} "
                 f"({self.settings.num_classes} is the null class)"
             )
-        return Condition(tokens[:, None])
+        return self._with_rep(Prefix(tokens[:, None]))
 
     def _text_condition(self, prompts: Sequence[str]) -> Condition:
         if self.text_tokenizer is None:
             raise ArraError("prompts: this decoder has no text tokenizer; load it from a model folder or set one")
-        rows = [text_prefix(self.text_tokenizer.encode(prompt), self.settings.prefix_length) for prompt in prompts]
-        tokens = torch.tensor([ids for ids, _ in rows], device=self.device)
-        return Condition(tokens, torch.tensor([mask for _, mask in rows], device=self.device))
+        return self._text_prefixes([self.text_tokenizer.encode(prompt) for prompt in prompts])
 
     def _caption_condition(self, features: Tensor, mask: Tensor | None) -> Condition:
-        expected = (self.settings.prefix_length, self.settings.caption_dim)
+        expected = (self.settings.condition_length, self.settings.caption_dim)
         if features.dim() != 3 or tuple(features.shape[1:]) != expected:
             raise ArraError(
                 f"captions: features are {tuple(features.shape)}, expected (B, {expected[0]}, {expected[1]})"
@@ -311,7 +324,8 @@ class Decoder(nn.Module, DecoderFromHub):
             features, mask = left_padded(features, mask.to(self.device))
         # caption positions carry no ids of their own
         placeholders = torch.zeros(features.shape[:2], dtype=torch.int64, device=self.device)
-        return Condition(placeholders, mask, features, torch.zeros(len(features), dtype=torch.bool, device=self.device))
+        null = torch.zeros(len(features), dtype=torch.bool, device=self.device)
+        return self._with_rep(Prefix(placeholders, mask, features, null))
 
 
 def _steps_fast(model: Decoder, x: Tensor) -> bool:
@@ -345,8 +359,8 @@ def checked_codes(
 
 
 def left_padded(
-    features: Float[Tensor, "B C F"], mask: Bool[Tensor, "B C"] | Int[Tensor, "B C"]
-) -> tuple[Float[Tensor, "B C F"], Bool[Tensor, "B C"]]:
+    features: Float[Tensor, "B W F"], mask: Bool[Tensor, "B W"] | Int[Tensor, "B W"]
+) -> tuple[Float[Tensor, "B W F"], Bool[Tensor, "B W"]]:
     """Features and mask with the real vectors at the end, in their order, and zeros before them."""
     real = mask.bool()
     order = real.to(torch.int64).argsort(dim=1, stable=True)

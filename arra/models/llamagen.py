@@ -33,6 +33,8 @@ SIZES: dict[str, dict[str, int]] = {
 DOWNSAMPLING = 16
 """Pixels per code of the tokenizer that the published decoders were trained on."""
 
+REP = "rep_embedding.weight"
+"""Of our own decoders alone, in their checkpoints."""
 # left behind by LlamaGen's attributes and by its generate(): never weights
 STRAY = re.compile(r"(^|\.)(freqs_cis|causal_mask|kv_cache\.(k_cache|v_cache))$")
 PIXELS_IN_NAME = re.compile(r"(?<![0-9a-zA-Z])(256|384|512)(?![0-9a-zA-Z])")  # c2i_L_384.pt
@@ -133,7 +135,7 @@ def infer_settings(state: Mapping[str, Tensor], *, source: str, known: Mapping[s
         "hidden_size": hidden_size,
         "num_codes": num_codes,
         "ffn_hidden_size": shapes["layers.0.feed_forward.w1.weight"][0],
-        **_condition_shape(shapes, source),
+        **_condition_shape(shapes, source, rep_token=bool(known.get("rep_token", REP in shapes))),
         **_from_rotary_table(state),
     }
     for size in SIZES.values():
@@ -154,15 +156,15 @@ def infer_settings(state: Mapping[str, Tensor], *, source: str, known: Mapping[s
     return settings
 
 
-def _condition_shape(shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, Any]:
-    prefix = "cls_embedding."
+def _condition_shape(shapes: Mapping[str, tuple[int, ...]], source: str, *, rep_token: bool) -> dict[str, Any]:
+    prefix, rep = "cls_embedding.", {"rep_token": True} if rep_token else {}
     if len(classes := shapes.get(f"{prefix}embedding_table.weight", ())) == 2:
-        return {"condition": "class", "num_classes": classes[0] - 1, "prefix_length": 1}
+        return {"condition": "class", "num_classes": classes[0] - 1, "prefix_length": 1 + rep_token, **rep}
     if len(uncond := shapes.get(f"{prefix}uncond_embedding", ())) == 2:
-        return {"condition": "caption", "prefix_length": uncond[0], "caption_dim": uncond[1]}
+        return {"condition": "caption", "prefix_length": uncond[0] + rep_token, "caption_dim": uncond[1], **rep}
     text, slots = (shapes.get(f"{prefix}{table}_table.weight", ()) for table in ("text", "position"))
     if len(text) == len(slots) == 2:
-        return {"condition": "text", "text_vocab_size": text[0], "prefix_length": slots[0]}
+        return {"condition": "text", "text_vocab_size": text[0], "prefix_length": slots[0] + rep_token, **rep}
     raise ArraError(f"{source}: no class, caption or text embedding under {prefix}*: not a LlamaGen decoder")
 
 
@@ -184,12 +186,14 @@ def refuse_what_llamagen_lacks(settings: DecoderSettings, source: str) -> None:
     Raises: ArraError naming everything that it has no word for.
     """
     lacks = []
+    if settings.rep_token:
+        lacks.append("it was trained with the REP token before the codes")
     if settings.condition == "text":
         lacks.append("its condition is text tokens, LlamaGen knows classes and caption features")
     if settings.prefix_rotary != "zero":
         lacks.append("its condition positions are rotated (prefix_rotary), LlamaGen's are zero")
-    if settings.condition == "caption" and settings.prefix_length != 120:
-        lacks.append(f"{settings.prefix_length} caption positions, LlamaGen has 120")
+    if settings.condition == "caption" and settings.condition_length != 120:
+        lacks.append(f"{settings.condition_length} caption positions, LlamaGen has 120")
     if settings.grid[0] != settings.grid[1]:
         lacks.append(f"a grid of {settings.grid[0]} x {settings.grid[1]}, LlamaGen's are square")
     if settings.kv_heads != settings.num_heads:
@@ -257,9 +261,9 @@ def describe_decoder(model: Decoder) -> Description:
     count = sum(parameter.numel() for parameter in model.parameters())
     condition = {
         "class": f"{settings.num_classes} classes",
-        "caption": f"captions, {settings.prefix_length} features of {settings.caption_dim}",
-        "text": f"text, {settings.prefix_length} tokens of {settings.text_vocab_size}",
-    }[settings.condition]
+        "caption": f"captions, {settings.condition_length} features of {settings.caption_dim}",
+        "text": f"text, {settings.condition_length} tokens of {settings.text_vocab_size}",
+    }[settings.condition] + (", then the REP token" if settings.rep_token else "")
     encoder = model.about.get("text_encoder")
     facts = [
         ("parameters", f"{count:,}"),

@@ -28,7 +28,10 @@ class DecoderSettings(Settings):
     """Classes without the null class, whose id is `num_classes`."""
     caption_dim: int = Field(default=2048, gt=0)
     prefix_length: int = Field(default=1, gt=0)
-    """Condition positions: 1 for a class, 120 (LlamaGen's) for captions unless given, to be given for text."""
+    """Positions before the codes, the REP token included: without it 1 for a class, 120 (LlamaGen's) for captions
+    unless given, to be given for text."""
+    rep_token: bool = False
+    """Whether the last prefix position is the REP token: a learned vector whose state training may align."""
     text_vocab_size: int | None = Field(default=None, gt=0)
     prefix_rotary: Literal["zero", "identity"] = "zero"
     """Rotary row of condition positions: LlamaGen's (0, 0), or (1, 0), the default for text."""
@@ -53,7 +56,7 @@ class DecoderSettings(Settings):
         if "prefix_length" not in filled:
             if condition == "text":
                 raise ValueError("prefix_length: a text condition needs its number of prefix positions")
-            filled["prefix_length"] = DEFAULT_PREFIX_LENGTH.get(condition, 1)
+            filled["prefix_length"] = DEFAULT_PREFIX_LENGTH.get(condition, 1) + bool(filled.get("rep_token"))
         filled.setdefault("prefix_rotary", "identity" if condition == "text" else "zero")
         return filled
 
@@ -68,13 +71,20 @@ class DecoderSettings(Settings):
             raise ValueError(f"num_kv_heads: {self.kv_heads} does not divide num_heads {self.num_heads}")
         if min(self.grid) < 1:
             raise ValueError(f"grid: {self.grid} must be at least (1, 1)")
-        if self.condition == "class" and self.prefix_length != 1:
-            raise ValueError(f"prefix_length: a class takes one position, got {self.prefix_length}")
+        if self.condition_length < 1:
+            raise ValueError(f"prefix_length: {self.prefix_length} leaves no position beside the REP token")
+        if self.condition == "class" and self.condition_length != 1:
+            raise ValueError(f"prefix_length: a class takes one position, got {self.condition_length}")
         if self.condition != "text" and self.prefix_rotary != "zero":
             raise ValueError(f"prefix_rotary: {self.condition} conditions follow LlamaGen, whose only choice is 'zero'")
         if self.condition == "text" and self.text_vocab_size is None:
             raise ValueError("text_vocab_size: a text condition needs the size of its vocabulary")
         return self
+
+    @property
+    def condition_length(self) -> int:
+        """Prefix positions of the condition, without the REP token."""
+        return self.prefix_length - self.rep_token
 
     @property
     def head_dim(self) -> int:

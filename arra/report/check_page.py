@@ -8,15 +8,14 @@ Legend: H W pixels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from arra.report.grids import data_url
+from arra.report.page import styled_page
 
 PAGE_FILE = "check.html"
 Level = Literal["error", "warning", "note"]
@@ -68,14 +67,8 @@ def ranked(sections: Sequence[Section]) -> list[Problem]:
 
 def check_page(sections: Sequence[Section], *, title: str, verdict: str, attribution: str = "") -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    report = files("arra.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    style = environment.from_string(report.partition("<style>")[2].partition("</style>")[0])
-    template = environment.from_string(files("arra.report").joinpath("check.html.j2").read_text(encoding="utf-8"))
-    return template.render(
-        style=style.render(labels=[], colors={}),
+    return styled_page(
+        "check.html.j2",
         title=title,
         verdict=verdict,
         problems=ranked(sections),

@@ -35,6 +35,11 @@ NOTE_SAME_FAMILY = (
 
 _METRICS: dict[str, tuple[str, str]] = {
     "nll": ("NLL", "Negative log-likelihood of the held-out picture's codes given its caption. Lower is better."),
+    "validation_nll": (
+        "Validation NLL",
+        "Negative log-likelihood of the validation pictures' codes given their captions, after training. Lower is "
+        "better.",
+    ),
     "caption_gain": (
         "Caption gain",
         "How much worse the codes are predicted with another picture's caption. Higher: the model reads its caption.",
@@ -50,6 +55,15 @@ _METRICS: dict[str, tuple[str, str]] = {
     "kid_x1000": (
         "Kernel distance",
         "Unbiased kernel distance (KID, x1000) between the same features; chance can push it below 0. Lower is better.",
+    ),
+    "caption_frechet": (
+        "Fréchet distance, caption judge",
+        "The same distance in the caption judge's picture space, which no photograph and no other encoder has shaped. "
+        "Lower is better.",
+    ),
+    "caption_kid_x1000": (
+        "Kernel distance, caption judge",
+        "The same kernel distance in the caption judge's picture space. Lower is better.",
     ),
     "retrieval_at_1": (
         "Retrieval, nearest",
@@ -78,6 +92,14 @@ _SPLITS = {
     "composed": "Every word was seen in training, this combination was not.",
     "novel": "The concept itself was not seen in training.",
 }
+_WATCHED = {
+    "cka": "CKA of states and '{encoder}', by layer",
+    "linear_cosine": "Linear projector to '{encoder}', cosine",
+    "probe_cosine": "Probe of '{encoder}', cosine",
+    "gradient_cosine": "Angle of the two gradients, '{encoder}'",
+}
+"""Measures of a watched row that are drawn by layer, and the title."""
+_IN_ORDER = "position, in runs of raster order"
 _HEADLINE_METRICS = (
     "caption_gain", "class_gain", "caption_retrieval_at_1", "class_retrieval_at_1", "retrieval_at_10", "frechet",
     "kid_x1000",
@@ -189,15 +211,16 @@ def build_report(
         split_texts=_SPLITS,
         comparisons=[_comparison_table(one, runs, labels, is_main=i == 0) for i, one in enumerate(comparisons)],
         ceiling=[_ceiling_row(row) for row in ceiling],
-        glossary=_glossary([one.metric for comparison in comparisons for one in comparison.judged], ceiling),
+        glossary=glossary([one.metric for comparison in comparisons for one in comparison.judged], ceiling),
         curves=_curve_images(runs, colors),
+        watched=_watch_images(runs, colors),
         budgets=equal_budgets(runs),
         timings=[(stage, format_seconds(seconds)) for stage, seconds in timings],
         total_time=format_seconds(sum((seconds for _, seconds in timings), start=0.0)),
         runs=runs,
         notes=[*_standard_notes(runs, comparisons), *notes],
         attribution=attribution,
-        number=_number,
+        number=number_text,
     )
     path = folder / REPORT_FILE
     staged = folder / (REPORT_FILE + ".part")
@@ -283,23 +306,37 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def styled_page(
+    template: str, *, labels: Sequence[str] = (), colors: Mapping[str, str] | None = None, **values: Any
+) -> str:
+    """Another page of this room as HTML, in the report's style, with the labels' colours."""
+    style = _source("page.html.j2").partition("<style>")[2].partition("</style>")[0]
+    told = _environment().from_string(style).render(labels=labels, colors=colors or {})
+    return _environment().from_string(_source(template)).render(style=told, **values)
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def _source(template: str) -> str:
+    return files("arra.report").joinpath(template).read_text(encoding="utf-8")
+
+
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(files("arra.report").joinpath("page.html.j2").read_text(encoding="utf-8"))
+    return _environment().from_string(_source("page.html.j2"))
 
 
 def _lead(one: Difference | SeedDifference, comparison: Comparison) -> str:
     values = f"{_shown(one.candidate, one)} against {_shown(one.baseline, one)}"
     return (
-        f"On {one.split} captions the {comparison.candidate} model's {_metric_name(one.metric)} is {values} "
+        f"On {one.split} captions the {comparison.candidate} model's {metric_name(one.metric)} is {values} "
         f"(difference {_shown(one.difference, one)}, {_interval_words(one)}): {one.verdict}."
     )
 
 
 def _short(one: Difference | SeedDifference) -> str:
-    name = f"{_metric_name(one.metric)} {_aim(one)}".strip()
+    name = f"{metric_name(one.metric)} {_aim(one)}".strip()
     return f"{name}: {_shown(one.candidate, one)} against {_shown(one.baseline, one)}, {one.verdict}."
 
 
@@ -314,7 +351,7 @@ def _range(low: float, high: float, one: Difference | SeedDifference) -> str:
     """Both ends, the percent sign said once, with more digits where an end that is not zero would read as zero."""
     scale = max(abs(one.baseline), abs(one.candidate))
     for extra in (0, 1, 2):
-        ends = [_number(end, unit=one.unit, scale=scale, extra=extra) for end in (low, high)]
+        ends = [number_text(end, unit=one.unit, scale=scale, extra=extra) for end in (low, high)]
         if not any(end != 0 and not text.strip("0.% ") for end, text in zip((low, high), ends, strict=True)):
             break
     return f"{ends[0].removesuffix(' %')} to {ends[1]}"
@@ -328,10 +365,10 @@ def _aim(one: Difference | SeedDifference | Result) -> str:
 
 
 def _shown(value: float, one: Difference | SeedDifference) -> str:
-    return _number(value, unit=one.unit, scale=max(abs(one.baseline), abs(one.candidate)))
+    return number_text(value, unit=one.unit, scale=max(abs(one.baseline), abs(one.candidate)))
 
 
-def _number(value: float, *, unit: str, scale: float | None = None, extra: int = 0) -> str:
+def number_text(value: float, *, unit: str, scale: float | None = None, extra: int = 0) -> str:
     """The number with the digits its unit deserves; shares become percent; `scale` fixes the digits of a table row."""
     if unit == "fraction":
         return _signed(f"{100 * value:.{1 + extra}f}") + " %"
@@ -349,7 +386,8 @@ def _signed(text: str) -> str:
     return text.lstrip("-") if is_zero else text.replace("-", "−")
 
 
-def _metric_name(metric: str) -> str:
+def metric_name(metric: str) -> str:
+    """What a person calls a metric of a card."""
     return _METRICS[metric][0] if metric in _METRICS else metric.replace("_", " ")
 
 
@@ -401,12 +439,12 @@ def _table_row(
         interval = ""
         if len(found) == 1 and found[0].low is not None and found[0].high is not None:
             interval = _range(found[0].low, found[0].high, one)
-        text = "not measured" if value is None else _number(value, unit=one.unit, scale=scale)
+        text = "not measured" if value is None else number_text(value, unit=one.unit, scale=scale)
         cells.append({"label": label, "value": text, "interval": interval})
     over_seeds = f"better in {one.num_better} of {len(one.per_seed)} seeds" if isinstance(one, SeedDifference) else ""
     interval_text = "no interval" if one.low is None or one.high is None else _range(one.low, one.high, one)
     return {
-        "name": _metric_name(one.metric),
+        "name": metric_name(one.metric),
         "aim": _aim(one),
         "guidance": _guidance(one.cfg_scale),
         "unit": _unit_words(one.unit),
@@ -438,20 +476,21 @@ def _ceiling_of(runs: Sequence[RunView]) -> list[Result]:
 def _ceiling_row(row: Result) -> dict[str, str]:
     interval = ""
     if row.low is not None and row.high is not None:
-        low, high = (_number(end, unit=row.unit, scale=abs(row.value)) for end in (row.low, row.high))
+        low, high = (number_text(end, unit=row.unit, scale=abs(row.value)) for end in (row.low, row.high))
         interval = f"{low} to {high}"
     return {
-        "name": _metric_name(row.metric),
+        "name": metric_name(row.metric),
         "aim": _aim(row),
         "split": row.split,
-        "value": _number(row.value, unit=row.unit),
+        "value": number_text(row.value, unit=row.unit),
         "unit": _unit_words(row.unit),
         "interval": interval,
         "num_images": f"{row.num_images:,}",
     }
 
 
-def _glossary(metrics: Sequence[str], ceiling: Sequence[Result]) -> list[tuple[str, str]]:
+def glossary(metrics: Sequence[str], ceiling: Sequence[Result] = ()) -> list[tuple[str, str]]:
+    """Names of metrics, each once, and what they mean."""
     names = dict.fromkeys([*metrics, *(row.metric for row in ceiling)])
     return [_METRICS[name] for name in names if name in _METRICS]
 
@@ -473,18 +512,65 @@ def _curve_images(runs: Sequence[RunView], colors: Mapping[str, str]) -> list[tu
             "step",
             "nats per token",
         ),
-        (
-            "Training loss, alignment (running mean)",
-            plots.training_curves(pairs, colors=colors, y="gva_loss"),
-            "step",
-            "1 - cosine",
-        ),
     ]
-    return [
+    logged = sorted({key for run in runs for row in run.rows if row.get("kind") == "train" for key in row})
+    for key in [key for key in logged if key.partition(".")[0] == "gva_loss"]:
+        title = f"Training loss, alignment{_of_term(key)} (running mean)"
+        wanted.append((title, plots.training_curves(pairs, colors=colors, y=key), "step", "distance"))
+    drawn = [
         (title, plots.plot(curves, title=title, x_label=x_label, y_label=y_label))
         for title, curves, x_label, y_label in wanted
         if curves
     ]
+    for key in [key for key in logged if key.partition(".")[0] == "align_weight"]:
+        title = f"Weight of the alignment{_of_term(key)}"
+        curves = plots.training_curves(pairs, colors=colors, y=key, smooth_share=0.0)
+        drawn.append((title, plots.layer_plot(curves, title=title, x_label="step", y_label="weight")))
+    return drawn
+
+
+def _of_term(key: str) -> str:
+    """The term that a column `gva_loss.NAME` or `align_weight.NAME` is of, in words; the main one has no name."""
+    term = key.partition(".")[2]
+    return f" '{term}'" if term else ""
+
+
+def _watch_images(runs: Sequence[RunView], colors: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(what it shows, image address) of what was watched while training, as it was at each run's end."""
+    last = [(run.label, _last_watched(run.rows)) for run in runs]
+    drawn = []
+    for encoder in dict.fromkeys(row["encoder"] for _, rows in last for row in rows if "term" not in row):
+        for key, title in _WATCHED.items():
+            curves = []
+            for label, rows in last:
+                own = [row for row in rows if "term" not in row and row["encoder"] == encoder and key in row]
+                points = [(float(row["layer"]), float(row[key])) for row in own]
+                if points:
+                    curves.append(_curve_of(label, points, colors))
+            if curves:
+                told = title.format(encoder=encoder)
+                drawn.append((told, plots.layer_plot(curves, title=told, y_label="")))
+    terms = [(label, row) for label, rows in last for row in rows if "distance" in row]
+    for name in dict.fromkeys(row["term"] for _, row in terms):
+        for key in ("cosine", "distance"):
+            curves = [
+                _curve_of(label, [(float(at), value) for at, value in enumerate(row["positions"][key])], colors)
+                for label, row in terms
+                if row["term"] == name and key in row["positions"]
+            ]
+            if curves:
+                told = f"Trained term '{name}', {key} by position"
+                drawn.append((told, plots.layer_plot(curves, title=told, y_label="", x_label=_IN_ORDER)))
+    return drawn
+
+
+def _last_watched(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    watched = [row for row in rows if row.get("kind") == "watch"]
+    return [row for row in watched if row["step"] == watched[-1]["step"]]
+
+
+def _curve_of(label: str, points: Sequence[tuple[float, float]], colors: Mapping[str, str]) -> plots.Curve:
+    return plots.Curve(label, colors[label], tuple(at for at, _ in points), tuple(value for _, value in points))
 
 
 def _sample_sections(runs: Sequence[RunView], held_out: Sequence[HeldOut]) -> list[dict[str, Any]]:

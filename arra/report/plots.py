@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # One accent per label, in order of appearance: each keeps a contrast of at least 3 to both papers of the page, and blue
 # and orange stay apart under the common colour blindnesses.
@@ -55,6 +56,10 @@ def plot(curves: Sequence[Curve], *, title: str, x_label: str, y_label: str) -> 
     figure = Figure(figsize=(5.2, 3.3), layout="constrained")
     axes = figure.add_subplot()
     _draw(axes, curves, title=title, x_label=x_label, y_label=y_label)
+    return _address(figure)
+
+
+def _address(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue().replace(_INK, "currentColor")
@@ -121,3 +126,48 @@ def _draw(axes: Axes, curves: Sequence[Curve], *, title: str, x_label: str, y_la
         axes.set_ylim(min(shown) - margin, max(shown) + 2 * margin)
     if labelled:
         axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="upper right", handlelength=1.4)
+
+
+def layer_plot(curves: Sequence[Curve], *, title: str, y_label: str, x_label: str = "layer") -> str:
+    """A measure by layer (or by position), as `plot` gives it; the axis holds all values, and nought."""
+    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+    axes = figure.add_subplot()
+    _draw(axes, curves, title=title, x_label=x_label, y_label=y_label)
+    values = [value for curve in curves for value in curve.y]
+    low, high = min([0.0, *values]), max([0.0, *values])
+    margin = 0.06 * (high - low) or 0.05
+    axes.set_ylim(low - margin * (low < 0), high + 2 * margin)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len({curve.label for curve in curves}) > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="best", handlelength=1.4)
+    elif (legend := axes.get_legend()) is not None:
+        legend.remove()
+    return _address(figure)
+
+
+def position_maps(maps: Sequence[tuple[str, Sequence[Sequence[float]]]], *, title: str, symmetric: bool = False) -> str:
+    """Maps over the image's positions side by side on one scale, as `plot` gives it.
+
+    `symmetric` puts nought in the middle of the colours: for angles, which may be of either sign.
+    """
+    columns = min(6, max(1, len(maps)))
+    rows = -(-len(maps) // columns)
+    figure = Figure(figsize=(0.6 + 1.5 * columns, 0.5 + 1.75 * rows), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, color=_INK)
+    flat = [value for _, values in maps for row in values for value in row]
+    high = max([abs(value) for value in flat] if symmetric else flat, default=1.0)
+    low = -high if symmetric else min(flat, default=0.0)
+    image, drawn = None, []
+    for place, (name, values) in enumerate(maps):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        image = axes.imshow(values, cmap="RdBu_r" if symmetric else "viridis", vmin=low, vmax=high)
+        axes.set_title(name, fontsize=9, color=_INK)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+        drawn.append(axes)
+    if image is not None:
+        bar = figure.colorbar(image, ax=drawn, fraction=0.05, shrink=0.8)
+        bar.ax.tick_params(colors=_INK, labelsize=8, length=0)
+        bar.outline.set_visible(False)
+    return _address(figure)

@@ -51,8 +51,9 @@ def image_state(
 ) -> ImageState:
     """The state after some tokens.
 
-    With a grid an image of it is asked for: where the first `prompt_length` tokens have no open image, one is begun,
-    its sides are written, and what closes it follows. Without, the model is free to begin an image or not.
+    With a grid an image of it is asked for: where the first `prompt_length` tokens have no open image, one is begun
+    (after the REP token, where the layout has one), its sides are written, and what closes it follows. Without, the
+    model is free to begin an image or not; after REP one begins.
 
     Raises:
         ArraError: the grid cannot be written, or the tokens have an open image of another one.
@@ -238,10 +239,11 @@ def _last(tokens: Sequence[int], wanted: int) -> int | None:
 
 def _outside(layout: ImageLayout, tokens: Sequence[int], end: int, grid: Grid | None, prompt_length: int) -> ImageState:
     """The state where no image is open; the last one's end token is at `end`, 0 where there was none."""
+    announced = layout.rep is not None and len(tokens) > 0 and tokens[-1] == layout.rep
     if grid is None:
-        return ImageState()
+        return ImageState(forced=layout.begin_image if announced else None)
     if end < prompt_length or not end:
-        return ImageState(forced=layout.begin_image)
+        return ImageState(forced=layout.begin_image if announced or layout.rep is None else layout.rep)
     written = len(tokens) - end - 1
     return ImageState(forced=layout.closing[written] if written < len(layout.closing) else None)
 

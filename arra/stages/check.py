@@ -45,12 +45,13 @@ from arra.data.records import BROKEN_PICTURE, Failure, ImageRef, Skipped, decode
 from arra.data.sources import SourceKind, detect_kind
 from arra.data.store import RECORDS, Store
 from arra.distributed import choose_device
-from arra.encoders import load_encoder
+from arra.encoders import Encoder
 from arra.errors import ArraError
 from arra.evaluate.distances import frechet_distance
 from arra.report.check_page import PAGE_FILE, SHOWN_SIDE, Figure, Level, Problem, Section, check_page, ranked
 from arra.runs import atomic_write, writing
 from arra.stages.captions import store_text_tokenizer
+from arra.stages.judging import Judge
 from arra.stages.makers import CROP, on_all
 from arra.stages.process import Progress, silent
 from arra.stages.tokenizer import load_named
@@ -265,7 +266,7 @@ class Reconstructions:
     """Pictures through the tokenizer and back, a batch at a time; the worst are kept."""
 
     tokenizer: ImageTokenizer
-    encoder: Any
+    encoder: Encoder
     device: torch.device
     psnr: list[float] = field(default_factory=list)
     features: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -360,7 +361,7 @@ class _Examination:
         if tokenizer is not None:
             where = choose_device(device)
             tokenizer.model.to(where)
-            judge = load_encoder(self.recipe.encoder.judge, device=where)
+            judge = Judge(self.recipe.encoder.choice("judge"), device=where)
             self.through = Reconstructions(tokenizer, judge, where)
             settings, grey16 = self.recipe.data.crop, self.recipe.data.crop.grey16
             crop = View(settings if settings.kind == "buckets" else CropSettings(grey16=grey16), size, size)
@@ -692,7 +693,7 @@ class _Examination:
             if self.no_tokenizer and self.max_images:
                 _tell(section, "note", "what the tokenizer destroys was not looked at", self.no_tokenizer)
             return section
-        psnr, judge, count = np.array(through.psnr), self.recipe.encoder.judge, len(through.psnr)
+        psnr, judge, count = np.array(through.psnr), through.encoder.spec.name, len(through.psnr)
         size, axes = self.recipe.data.image_size, self.recipe.evaluate.frechet_components
         section.text = (
             f"{count:,} evenly spaced pictures, cropped to {size} pixels, through {through.tokenizer.name} and back. "

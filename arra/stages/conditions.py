@@ -30,7 +30,12 @@ def open_conditions(recipe: Recipe, store: Store, rows: np.ndarray, text: TextTo
     """
     model, settings = recipe.model, recipe.train
     if model.condition == "class":
-        return ClassConditions(labels_of(store, rows), num_classes(recipe, store), dropout=settings.condition_dropout)
+        return ClassConditions(
+            labels_of(store, rows),
+            num_classes(recipe, store),
+            dropout=settings.condition_dropout,
+            rep_token=recipe.has_rep,
+        )
     if model.condition == "caption":
         return open_captions(recipe, store, rows)
     assert text is not None
@@ -40,6 +45,7 @@ def open_conditions(recipe: Recipe, store: Store, rows: np.ndarray, text: TextTo
         dropout=settings.condition_dropout,
         alternative_share=settings.alternative_share,
         word_dropout=settings.word_dropout,
+        rep_token=recipe.has_rep,
     )
 
 
@@ -63,6 +69,7 @@ def open_captions(recipe: Recipe, store: Store, rows: np.ndarray) -> CaptionCond
         short=None if store.entry(short) is None else store.reader(short),
         dropout=recipe.train.condition_dropout,
         alternative_share=recipe.train.alternative_share,
+        rep_token=recipe.has_rep,
     )
 
 
@@ -137,7 +144,8 @@ def asked_of(conditions: Conditions, store: Store, rows: np.ndarray) -> Callable
             whole = torch.ones(len(places), 3)
             prefix = conditions.take(chosen, whole, whole[:, :1])
             assert prefix.caption is not None
-            return {"captions": (prefix.caption.float(), prefix.mask)}
+            assert prefix.mask is not None
+            return {"captions": (prefix.caption.float(), prefix.mask[:, : conditions.length])}  # the model adds REP
         return {"prompts": [store.fields(int(rows[place]), "prompt")[0] for place in places]}
 
     return asked

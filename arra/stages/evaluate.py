@@ -21,7 +21,7 @@ from arra.config import Recipe
 from arra.data.conditions import ClassConditions
 from arra.data.store import Store
 from arra.distributed import set_threads
-from arra.encoders import encoder_spec, load_encoder
+from arra.encoders import SPECS, EncoderChoice
 from arra.encoders.dual import DualEncoder, load_dual_encoder, padded_ids, save_dual_encoder
 from arra.errors import ArraError
 from arra.evaluate.card import Evaluation, ProtocolValue, values_key
@@ -29,7 +29,8 @@ from arra.evaluate.evaluation import HeldOutSplit, encode_all, evaluate_model, p
 from arra.runs import atomic_write
 from arra.stages.captions import Encodes, StoreCaptions, store_text_tokenizer
 from arra.stages.conditions import asked_of, class_names, open_conditions
-from arra.stages.makers import CODES
+from arra.stages.judging import Judge
+from arra.stages.makers import CODES, about_encoder, used_choices
 from arra.stages.model import weights_hash
 from arra.stages.origin import judged_columns, noted
 from arra.stages.paint import LoadedRun, load_run
@@ -39,6 +40,8 @@ from arra.stages.tokenizer import center_pictures
 from arra.train.dual import train_dual_encoder
 
 PICTURES_FILE = "samples/evaluation.safetensors"
+SAME_FAMILY = "model_judge_is_of_the_teachers_family"
+"""What a card says of a model whose teachers are no strangers to its judge; models of other teachers compare."""
 
 
 def prepare_caption_judge(loaded: LoadedRun, *, progress: Progress = silent) -> tuple[DualEncoder, str] | None:
@@ -146,16 +149,18 @@ def _judged(
     recipe: Recipe, store: Store, rows: np.ndarray, reconstructions: Tensor, *, split: str, progress: Progress
 ) -> dict[str, Tensor]:
     """What the first judge says of held-out pictures, `raw` (where there are any) and `reconstructions`."""
-    judge = encoder_spec(recipe.encoder.judge)
-    identity = [store.manifest_hash(*judged_columns(recipe)), judge.weights_sha256, str(judge.image_size), split]
-    identity += [str(recipe.data.encoder_image_size), str(len(rows))]
+    choice = recipe.encoder.choice("judge")
+    spec, sha256 = about_encoder(choice)
+    pixels = recipe.data.encoder_image_size or spec.image_size
+    identity = [store.manifest_hash(*judged_columns(recipe)), sha256, str(spec.image_size), split]
+    identity += [str(pixels), str(len(rows)), choice.column]
     cache = store.path / "judged" / f"{_short_hash(identity)}.safetensors"
     features = _kept_features(cache)
     if features is None:
         progress(f"judging held-out pictures ({split})", 0, 1)
-        encoder, features = load_encoder(recipe.encoder.judge), {}
+        encoder, features = Judge(choice), {}
         if not is_imported(store, CODES):  # codes that were imported come without pictures
-            raw = center_pictures(recipe, store, rows=rows, pixels=recipe.data.encoder_image_size)
+            raw = center_pictures(recipe, store, rows=rows, pixels=pixels)
             features["raw"] = encode_all(encoder, raw)
         features["reconstructions"] = encode_all(encoder, reconstructions)
         atomic_write(cache, safetensors.torch.save(features))
@@ -186,17 +191,17 @@ def evaluate(
     set_threads(threads)
     loaded = load_run(folder, tokenizer_weights=tokenizer_weights)
     second = prepare_caption_judge(loaded, progress=progress)
-    protocol = protocol_of(loaded, second)
-    done = _kept_evaluation(folder)
-    if done is not None and _without_place(done.card.protocol) == _without_place(protocol):
+    done = current_evaluation(loaded, second)
+    if done is not None:
         return done
+    protocol = protocol_of(loaded, second)
     caption_judge = None if second is None else second[0]
     splits = held_out_splits(loaded, caption_judge, progress=progress)
     loaded.on(device)
     evaluation, pictures = evaluate_model(
         loaded.model,
         loaded.tokenizer,
-        load_encoder(loaded.recipe.encoder.judge),
+        Judge(loaded.recipe.encoder.choice("judge")),
         splits,
         loaded.recipe.evaluate,
         run=str(folder),
@@ -211,6 +216,14 @@ def evaluate(
     atomic_write(folder / PICTURES_FILE, packed)
     evaluation.save(folder)
     return evaluation
+
+
+def current_evaluation(loaded: LoadedRun, caption_judge: tuple[DualEncoder, str] | None) -> Evaluation | None:
+    """The evaluation that a run has, if it is of this model and measured as it would be now."""
+    done = _kept_evaluation(loaded.run.path)
+    if done is None or _without_place(done.card.protocol) != _without_place(protocol_of(loaded, caption_judge)):
+        return None
+    return done
 
 
 def _kept_evaluation(folder: Path) -> Evaluation | None:
@@ -233,7 +246,9 @@ def protocol_of(
 ) -> dict[str, str | int | float | bool | None]:
     """What a card says of how it was measured; keys that begin with `model` name the model itself."""
     recipe, settings, store = loaded.recipe, loaded.recipe.evaluate, loaded.store
-    judge, teacher = encoder_spec(recipe.encoder.judge), encoder_spec(recipe.encoder.teacher)
+    choice, used = recipe.encoder.choice("judge"), used_choices(recipe)
+    judge, sha256 = about_encoder(choice)
+    layers = "" if choice.layers is None else f" of layers {', '.join(map(str, choice.layers))}"
     return {
         "model": str(loaded.run.path),
         "model_sha256": weights_hash(str(loaded.run.path)),
@@ -241,11 +256,13 @@ def protocol_of(
         "model_seed": recipe.train.seed,
         "model_row": recipe.row,
         "judge": judge.name,
-        "judge_sha256": judge.weights_sha256,
-        "judge_is_of_the_teachers_family": judge.family == teacher.family,
-        "judge_input": f"{judge.image_size} px, bicubic, antialiased",
+        "judge_sha256": sha256,
+        "judge_output": (choice.output or judge.output) + layers,
+        "judge_input": f"{judge.image_size} px, {judge.interpolation}, antialiased",
         "caption_judge_sha256": None if caption_judge is None else caption_judge[1],
-        "teacher": teacher.name,
+        "caption_judge_space": None if caption_judge is None else "picture embeddings of root mean square 1",
+        "model_teachers": ", ".join(dict.fromkeys(each.name for each in used.values())) or None,
+        SAME_FAMILY: any(family(each) == family(choice) for each in used.values()),
         "tokenizer": loaded.tokenizer.name,
         "tokenizer_sha256": loaded.tokenizer.weights_hash,
         "store_sha256": None if store is None else store.manifest_hash(*judged_columns(recipe)),
@@ -259,6 +276,11 @@ def protocol_of(
         "image_size": recipe.data.image_size,
         **_of_other_models(loaded),
     }
+
+
+def family(choice: EncoderChoice) -> str:
+    """Architecture and training data of an encoder; of one that no list has, its name."""
+    return SPECS[choice.name].family if choice.name in SPECS else choice.name
 
 
 def _of_other_models(loaded: LoadedRun) -> dict[str, ProtocolValue]:

@@ -71,7 +71,7 @@ def import_codes(
 
     folders = {source.path: source.folders(recipe.data.crop.ranges) for source in sources}
 
-    def read(source: Source, name: str) -> np.ndarray:
+    def read(source: Source, name: str, row: int) -> np.ndarray:
         assert isinstance(source, LlamaGenCodesSource)
         codes = np.concatenate([source.read_codes(name, folder=folder) for folder in folders[source.path]])
         if codes.shape != (crop.num_variants, grid[0] * grid[1]):
@@ -81,7 +81,7 @@ def import_codes(
             )
         return codes.reshape(-1, *grid)
 
-    return _import(
+    return import_column(
         store,
         CODES,
         made_by,
@@ -128,7 +128,7 @@ def import_caption_features(
     """
     made_by = {"encoder": "google/flan-t5-xl", "weights": None, "slots": 120, "imported": "LlamaGen caption features"}
 
-    def read(source: Source, name: str) -> np.ndarray:
+    def read(source: Source, name: str, row: int) -> np.ndarray:
         assert isinstance(source, LlamaGenListSource)
         path = source.caption_feature_path(name, short=column.endswith(SHORT))
         features = _read_array(path)
@@ -137,7 +137,7 @@ def import_caption_features(
             raise ValueError(f"{path}: {features.dtype} {features.shape}; expected floats (1, up to 120, {T5_WIDTH})")
         return features[0]
 
-    return _import(
+    return import_column(
         store,
         column,
         made_by,
@@ -152,7 +152,7 @@ def import_caption_features(
     )
 
 
-def _import(
+def import_column(
     store: Store,
     name: str,
     made_by: dict[str, Any],
@@ -161,16 +161,29 @@ def _import(
     variants: int,
     dtype: str,
     sources: Sequence[Source],
-    read: Callable[[Source, str], np.ndarray],
+    read: Callable[[Source, str, int], np.ndarray],
     shards: Sequence[int],
     progress: Progress,
     replace: bool,
+    retry_failed: bool = False,
 ) -> ColumnWriter | None:
-    if store.has(name, made_by):
+    """A column written from what `read` says of every record; None if the store has it (and none is to be tried again).
+
+    `read` is given the record's source, its id there, and its row in the store; what it raises of `BROKEN_HEADER` is
+    the record's failure.
+
+    Raises:
+        ArraError: the store's column was made otherwise (and is not to be replaced).
+    """
+    entry = store.entry(name)
+    again = retry_failed and entry is not None and entry.failed > 0
+    if not again and store.has(name, made_by):
         return None
-    if store.entry(name) is not None and not replace:
+    if entry is not None and not replace:
         store.require(name, made_by, advice="use another store, or make it anew with --replace")
-    writer = store.writer(name, made_by=made_by, shape=shape, variants=variants, dtype=dtype)
+    writer = store.writer(name, made_by=made_by, shape=shape, variants=variants, dtype=dtype, again=again)
+    if again:
+        writer.adopt()
     writer.forget_failed(shards)
     done = writer.done()
     names = [f"{each}/" for each in source_names(sources)] if len(sources) > 1 else [""]
@@ -183,7 +196,9 @@ def _import(
         values, valid, failures = [empty] * len(table), np.zeros(len(table), dtype=bool), []
         for place, (record, source) in enumerate(_ids_and_sources(table)):
             try:
-                values[place] = read(sources[source], record.removeprefix(names[source]))
+                values[place] = read(
+                    sources[source], record.removeprefix(names[source]), store.shard_starts[shard] + place
+                )
                 valid[place] = True
             except BROKEN_HEADER as error:
                 failures.append(

@@ -54,6 +54,7 @@ def init_painter(
     image_size: int = 256,
     start: str = "codebook",
     rows: bool = True,
+    rep_token: bool = False,
     template: str = "{prompt}",
     seed: int = 0,
     dtype: str | None = None,
@@ -61,7 +62,8 @@ def init_painter(
     """The folder of a language model whose vocabulary holds the codes of an image tokenizer, ready to be trained.
 
     `llm` is a folder in Hugging Face layout or a repository's name. With `rows` pictures of any aspect can be written:
-    their sides first, a new-line token after every row.
+    their sides first, a new-line token after every row. With `rep_token` the vocabulary has the REP token too, which a
+    recipe with `align.target: rep` writes before every picture.
 
     Raises:
         ArraError: an option that does not fit, or an LM, a tokenizer that cannot be read or extended.
@@ -87,8 +89,9 @@ def init_painter(
     with quiet():
         words = read_hub_tokenizer(folder)
         layout = extend_vocabulary(
-            lm, words, images, start=start, seed=seed, side=side, rows=rows, template=template, source=llm
-        )
+            lm, words, images, start=start, seed=seed, side=side, rows=rows, rep_token=rep_token, template=template,
+            source=llm,
+        )  # fmt: skip
         about = {
             "origin": {"source": folder.resolve().name if Path(llm).is_dir() else llm, "sha256": _hashes(folder)},
             "codes_of": images.codes_of,
@@ -121,6 +124,7 @@ def extend_vocabulary(
     seed: int,
     side: int,
     rows: bool,
+    rep_token: bool,
     template: str,
     source: str,
 ) -> ImageLayout:
@@ -129,7 +133,8 @@ def extend_vocabulary(
     Raises:
         ArraError: they cannot be extended, or a picture of `side` codes has more tokens than the LM positions.
     """
-    names = generic_names(images.num_codes, num_sizes=max(SIDES, side) if rows else 0, rows=rows)
+    sizes = max(SIDES, side) if rows else 0
+    names = generic_names(images.num_codes, num_sizes=sizes, rows=rows, rep_token=rep_token)
     bos = words.bos_token_id if words("a")["input_ids"][:1] == [words.bos_token_id] else None
     end = words.eos_token_id
     ids = add_tokens(words, names, rows=len(embeddings(lm)), source=source)
@@ -234,6 +239,7 @@ def _rows(model: CausalLM, before: tuple[int, int], loss: FirstLoss, *, tokenize
         ("vocabulary", f"{before[1]:,} rows before, {rows:,} now, head {'tied' if is_tied(lm) else 'of its own'}"),
         ("codes", f"{codes:,} of {tokenizer}: ids {layout.first_code}..{layout.first_code + codes - 1}"),
         ("picture", f"{width * pixels} x {height * pixels} pixels: {layout.length(0, (height, width))} tokens"),
+        ("rep token", "" if layout.rep_id is None else f"id {layout.rep_id}, for align.target: rep"),
         ("positions", "" if layout.max_positions is None else f"{layout.max_positions:,}"),
         ("first loss", f"{loss.among_all:.2f} nats per random code, {among}"),
     ]

@@ -1,19 +1,20 @@
-"""A tokenizer judged by pictures of a store: for its card after training, and for `arra reconstruct`.
+"""The judge of a recipe, and a tokenizer judged by it: for its card after training, and for `arra reconstruct`.
 
-Legend: H W pixels.
+Legend: B pictures, H W pixels, F feature.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from arra.data.images import Grey16
 from arra.data.records import Failure
 from arra.data.store import Store
-from arra.encoders import load_encoder
+from arra.encoders import EncoderChoice, Output, open_encoder
 from arra.errors import ArraError
 from arra.evaluate.reconstruction import Inception, Reconstruction, ReconstructionMeter
 from arra.stages.squares import center_loads, spaced
@@ -22,6 +23,38 @@ from arra.train.perceptual import PerceptualDistance
 
 PIXELS_AT_A_TIME = 2**20
 """Through the networks: 16 pictures of 256 pixels a side."""
+
+
+class Judge:
+    """An encoder that says of a picture what its choice asks for, where nothing else is asked."""
+
+    def __init__(self, choice: EncoderChoice, *, device: torch.device | str = "cpu") -> None:
+        """Loaded on the device.
+
+        Raises:
+            ArraError: its weights or a package are missing.
+        """
+        self.choice, self.encoder = choice, open_encoder(choice, device=device)
+        self.spec = self.encoder.spec
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 of the weights it has."""
+        return self.encoder.weights_hash
+
+    def encode(
+        self,
+        images: UInt8[Tensor, "B H W 3"] | Float[Tensor, "B 3 H W"],
+        *,
+        aggregate: Output | None = None,
+        layers: Sequence[int] | None = None,
+        grid: int | None = None,
+    ) -> Float[Tensor, "B F"] | Float[Tensor, "B P F"]:
+        """See `Encoder.encode`; what is None is the choice's."""
+        choice = self.choice
+        return self.encoder.encode(
+            images, aggregate=aggregate or choice.output, layers=layers or choice.layers, grid=grid or choice.grid
+        )
 
 
 @dataclass
@@ -40,7 +73,7 @@ def judge_tokenizer(
     rows: np.ndarray,
     *,
     image_size: int,
-    judge: str,
+    judge: EncoderChoice,
     device: torch.device,
     grey16: Grey16 = "full",
     perceptual: PerceptualDistance | None = None,
@@ -55,9 +88,12 @@ def judge_tokenizer(
         ArraError: fewer than two pictures can be read.
     """
     tokenizer.model.to(device)
-    encoder = load_encoder(judge, device=device)
     meter = ReconstructionMeter(
-        tokenizer, encoder, device, None if perceptual is None else perceptual.to(device), inception
+        tokenizer,
+        Judge(judge, device=device),
+        device,
+        None if perceptual is None else perceptual.to(device),
+        inception,
     )
     shown = set(spaced(rows, num_samples).tolist()) if num_samples else set()
     samples, failures, waiting = [], [], list[tuple[int, np.ndarray]]()

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -110,8 +111,10 @@ def language_card(recipe: Recipe, tokenizer: ImageTokenizer | None = None) -> La
     section = language_section(recipe)
     card = read_language_card(Path(section.folder))
     layout = card.settings.layout
+    changes: dict[str, Any] = {"rep": _rep_token(recipe, layout)}
     if section.template is not None:
-        layout = ImageLayout(**{**layout.model_dump(), "template": section.template})
+        changes["template"] = section.template
+    layout = ImageLayout(**{**layout.model_dump(), **changes})
     downsampling = tokenizer_network(recipe).downsampling if tokenizer is None else tokenizer.downsampling
     num_codes = tokenizer_network(recipe).num_codes if tokenizer is None else tokenizer.num_codes
     if (num_codes, downsampling) != (layout.num_codes, layout.pixels_per_code):
@@ -132,6 +135,25 @@ def language_card(recipe: Recipe, tokenizer: ImageTokenizer | None = None) -> La
     settings = card.settings.model_copy(update={"layout": layout, "grid": grid or card.settings.grid})
     layout.check_grid(settings.grid)
     return replace(card, settings=settings)
+
+
+def _rep_token(recipe: Recipe, layout: ImageLayout) -> int | None:
+    """The token that is written before pictures so that target `rep` has a state to align; None where none is.
+
+    Raises:
+        ArraError: one is wanted, and the model's vocabulary has none.
+    """
+    if not recipe.has_rep:
+        return None
+    token = layout.rep if layout.rep_id is None else layout.rep_id
+    if token is None:
+        wants = next(where for where, term in recipe.align_terms() if term.target == "rep")
+        made = "arra init ... --rep-token" if layout.family == "generic" else "arra import"
+        raise ArraError(
+            f"{wants}.target: rep, but {language_section(recipe).folder} knows no REP token; make the folder anew with "
+            f"{made}"
+        )
+    return token
 
 
 def says_shape(layout: ImageLayout) -> bool:
@@ -278,10 +300,11 @@ def first_language_model(recipe: Recipe, card: LanguageCard) -> CausalLM:
     dtype = DTYPES[section.frozen_dtype]
     model = load_language_model(Path(section.folder), dtype=dtype)
     model.settings = card.settings
-    if recipe.align is not None and recipe.align.layer > model.num_layers:
-        raise ArraError(
-            f"align.layer: {recipe.align.layer} is outside 0..{model.num_layers} of {section.folder}; the paper uses 1"
-        )
+    for where, term in recipe.align_terms():
+        if term.layer > model.num_layers:
+            raise ArraError(
+                f"{where}.layer: {term.layer} is outside 0..{model.num_layers} of {section.folder}; the paper uses 1"
+            )
     if section.dropout:
         model.drop_residuals(section.dropout)
     rows = sorted(card.settings.layout.image_ids())

@@ -134,6 +134,11 @@ def export_language_model(folder: Path, out: Path, *, to: str, dtype: torch.dtyp
     chameleon = kind == "chameleon"
     if to == "lumina" and not chameleon:
         raise ArraError(f"{folder}: a {kind}, which Lumina-mGPT's code cannot hold; export it with --to hf")
+    if to == "lumina" and model.layout.rep is not None:
+        raise ArraError(
+            f"{folder}: was trained with the REP token before every picture, which Lumina-mGPT's code does not write; "
+            "export it with --to hf"
+        )
     state = dict(model.lm.state_dict())
     if chameleon:
         state = export_state(model.lm, "lumina" if to == "lumina" else "hf", source=str(folder))

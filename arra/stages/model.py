@@ -24,10 +24,11 @@ IMAGENET_CLASSES = 1000
 WEIGHTS_NAMES = ("model.safetensors", "consolidated.pth", "model.safetensors.index.json")
 """In a folder: ours, FSDP's, and the list of a large model's parts."""
 SAME = (
-    "condition", "num_layers", "num_heads", "kv_heads", "hidden_size", "ffn_width", "num_codes", "prefix_length",
+    "condition", "num_layers", "num_heads", "kv_heads", "hidden_size", "ffn_width", "num_codes", "condition_length",
     "prefix_rotary", "text_vocab_size", "rope_base", "norm_eps",
 )  # fmt: skip
 """Settings that given weights and the recipe must agree on; the grid is free: no weight depends on it."""
+REP = "rep_embedding.weight"
 
 
 def tokenizer_network(recipe: Recipe) -> VQSettings:
@@ -81,7 +82,8 @@ def decoder_settings(
         num_codes=num_codes,
         grid=grid,
         condition=m.condition,
-        prefix_length=m.prefix_length,
+        prefix_length=m.prefix_length + recipe.has_rep,
+        rep_token=recipe.has_rep,
         token_dropout=m.token_dropout,
         resid_dropout=m.resid_dropout,
         ffn_dropout=m.ffn_dropout,
@@ -109,6 +111,8 @@ def build_model(recipe: Recipe, settings: DecoderSettings, *, text: TextTokenize
 def start_from(model: Decoder, weights: str) -> None:
     """Nothing; the model has the given weights, and a fresh class table where the classes are others.
 
+    A model with the REP token takes weights without it, and keeps its own first vector.
+
     Raises:
         ArraError: they cannot be read, or are of a model of another shape.
     """
@@ -121,11 +125,19 @@ def start_from(model: Decoder, weights: str) -> None:
     for name in (*SAME, *([named] if named else [])):
         theirs, ours = getattr(given.settings, name), getattr(settings, name)
         if theirs != ours:
+            said = "prefix_length" if name == "condition_length" else name  # as recipes count, without REP
             raise ArraError(
-                f"model.weights: {weights} has {name} {theirs}, the recipe's model {ours}; make the model section say "
+                f"model.weights: {weights} has {said} {theirs}, the recipe's model {ours}; make the model section say "
                 "what the weights are, or train from fresh ones"
             )
+    if given.settings.rep_token and not settings.rep_token:
+        raise ArraError(
+            f"model.weights: {weights} was trained with the REP token before the codes, and no term of align has "
+            "target rep; add one, or start from weights without it"
+        )
     state = given.state_dict()
+    if settings.rep_token and not given.settings.rep_token:
+        state[REP] = model.state_dict()[REP]
     if settings.num_classes != given.settings.num_classes:
         table = model.state_dict()[CLASSES].clone()
         table[-1] = state[CLASSES][-1]  # the null class means the same

@@ -68,8 +68,7 @@ class Pass:
         else:
             tokenizer = recipe_tokenizer(recipe, self.store) if CODES in names else None
             self.makers = build_makers(recipe, names, tokenizer, device=device, batch_size=size)
-            needed = {view for maker in self.makers for view in maker.views}
-            views = {name: view for name, view in views_of(recipe).items() if name in needed}
+            views = views_of(recipe, [view for maker in self.makers for view in maker.views])
             self.loader = Loader(plan.store, views, grey16=recipe.data.crop.grey16)
         self.writers = {
             maker.name: self.store.writer(

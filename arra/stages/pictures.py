@@ -5,7 +5,7 @@ Legend: B batch, P image positions, F feature, N records of the split.
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from arra.config import Recipe
+from arra.data.batches import Features
 from arra.data.columns import ColumnReader
 from arra.data.crops import Draw, describe
 from arra.data.loading import Loaded, Loader
@@ -26,13 +27,12 @@ from arra.runs import leave_with
 from arra.stages.makers import (
     CODES,
     CROP,
-    LARGE,
     PIXELS,
     CodesMaker,
     FeaturesMaker,
     build_makers,
     center_variant,
-    features_name,
+    used_choices,
     views_of,
     wanted_columns,
 )
@@ -42,8 +42,9 @@ from arra.tokenizers import ImageTokenizer
 from arra.tokenizers.image import PUBLISHED
 
 REMOTE_RUN = 256
-STATISTICS_RECORDS = 8192
-"""Pictures whose features give the mean and the components of the target space: enough for a few hundred components."""
+STATISTICS_RECORDS, STATISTICS_VECTORS, FEWEST_RECORDS = 8192, 65536, 256
+"""Pictures whose features give the mean and the components of the target space: enough for a few hundred components;
+where a picture has many vectors, fewer of them."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,15 @@ class StoredPictures:
     rows: np.ndarray
     """Row numbers of the split's records."""
     codes: ColumnReader
-    features: ColumnReader | None = None
+    features: Mapping[str, ColumnReader] = field(default_factory=dict)
+    """Of every teacher that is trained on, by its name in the recipe."""
     feature_rows: np.ndarray | None = None
     """Whose features each record is given, where not its own (the shuffled control)."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(
-        self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]
-    ) -> tuple[Int[Tensor, "B P"], Float[Tensor, "B F"] | None]:
+    def take(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> tuple[Int[Tensor, "B P"], Features | None]:
         """Of several crops of a picture the one that `chance` falls on, the same in codes and features."""
         own = self.rows[rows.numpy()]
         variants = (chance[:, 0].double() * self.codes.entry.variants).long().numpy()
@@ -71,21 +71,22 @@ class StoredPictures:
         else:
             taken = self.codes.take(own, variants=variants)
         codes = torch.from_numpy(taken.astype(np.int64)).flatten(1)
-        return codes, None if self.features is None else self.take_features(rows, chance)
+        return codes, self.take_features(rows, chance) if self.features else None
 
-    def take_features(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> Float[Tensor, "B F"]:
+    def take_features(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> Features:
         """The features of any pictures together, whatever their shapes."""
-        assert self.features is not None
         whose = self.rows[rows.numpy()] if self.feature_rows is None else self.feature_rows[rows.numpy()]
         variants = (chance[:, 0].double() * self.codes.entry.variants).long().numpy()
-        return torch.from_numpy(self.features.take(whose, variants=variants).astype(np.float32))
+        return {
+            name: torch.from_numpy(column.take(whose, variants=variants).astype(np.float32))
+            for name, column in self.features.items()
+        }
 
     def expect(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> None:
         """Nothing; a remote store begins to fetch them."""
         own = self.rows[rows.numpy()]
-        self.codes.expect(own)
-        if self.features is not None:
-            self.features.expect(own)
+        for column in (self.codes, *self.features.values()):
+            column.expect(own)
 
     def close(self) -> None:
         """Nothing; what was expected of a remote store is not fetched any more."""
@@ -100,7 +101,8 @@ class OnlinePictures:
     rows: np.ndarray
     loader: Loader
     codes: CodesMaker
-    features: FeaturesMaker | None
+    features: Mapping[str, FeaturesMaker]
+    """Of every teacher that is trained on, by its name in the recipe."""
     is_random: bool
     workers: int
     feature_rows: np.ndarray | None = None
@@ -110,9 +112,7 @@ class OnlinePictures:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(
-        self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]
-    ) -> tuple[Int[Tensor, "B P"], Float[Tensor, "B F"] | None]:
+    def take(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> tuple[Int[Tensor, "B P"], Features | None]:
         """The pictures' codes and features now.
 
         Raises:
@@ -121,18 +121,19 @@ class OnlinePictures:
         loaded = self._loaded(rows, chance)
         variants = (chance[:, 0].double() * self.codes.variants).long().tolist()
         codes = _chosen(self.codes.make(loaded), variants)
-        features = None if self.features is None else _chosen(self.features.make(loaded), variants).float()
-        return codes.long().flatten(1), features
+        return codes.long().flatten(1), self._made(loaded, variants) if self.features else None
 
-    def take_features(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> Float[Tensor, "B F"]:
+    def take_features(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 4"]) -> Features:
         """The features of any pictures together, whatever their shapes.
 
         Raises:
             ArraError: a picture cannot be read any more, or is another one than it was.
         """
-        assert self.features is not None
         variants = (chance[:, 0].double() * self.codes.variants).long().tolist()
-        return _chosen(self.features.make(self._loaded(rows, chance)), variants).float()
+        return self._made(self._loaded(rows, chance), variants)
+
+    def _made(self, loaded: Loaded, variants: Sequence[int]) -> Features:
+        return {name: _chosen(maker.make(loaded), variants).float() for name, maker in self.features.items()}
 
     def _loaded(self, rows: Tensor, chance: Tensor) -> Loaded:
         self.expect(rows, chance)
@@ -225,7 +226,8 @@ def require_columns(recipe: Recipe, store: Store, tokenizer: ImageTokenizer | No
     Raises:
         ArraError: the store's columns are missing or were not made as the recipe says.
     """
-    wanted = wanted_columns(recipe, tokenizer, store)
+    there = [name for name in columns if store.entry(name) is not None]  # of the others nothing need be known
+    wanted = wanted_columns(recipe, tokenizer, store, there)
     for name in columns:
         made_by = wanted.get(name, {})
         if name == CODES and is_imported(store, CODES):
@@ -265,19 +267,24 @@ def held_out_pixels(recipe: Recipe, store: Store, rows: np.ndarray) -> UInt8[Ten
     return center_pictures(recipe, store, rows=rows)
 
 
-def feature_sample(pictures: StoredPictures | OnlinePictures, center: int, num_variants: int) -> Float[Tensor, "N F"]:
-    """Features of at most `STATISTICS_RECORDS` evenly spaced pictures, for the statistics of the target space."""
-    count = min(len(pictures), STATISTICS_RECORDS)
+def feature_sample(
+    pictures: StoredPictures | OnlinePictures, center: int, num_variants: int
+) -> dict[str, Float[Tensor, "N F"] | Float[Tensor, "N P F"]]:
+    """Every teacher's features of some evenly spaced pictures, for the statistics of the target spaces.
+
+    At most `STATISTICS_RECORDS` pictures; fewer where each has many patches.
+    """
     # from afar neighbours come together: runs of them touch few row groups
     far = isinstance(pictures, StoredPictures) and isinstance(pictures.codes, RemoteColumn)
-    run = min(len(pictures), REMOTE_RUN) if far else 1
+    chance = torch.full((1, 4), (center + 0.5) / num_variants)
+    first = pictures.take_features(torch.zeros(1, dtype=torch.int64), chance)
+    most = max((each[0].numel() // each.shape[-1] for each in first.values()), default=1)
+    count = min(len(pictures), STATISTICS_RECORDS, max(FEWEST_RECORDS, STATISTICS_VECTORS // most))
+    run = min(count, REMOTE_RUN) if far else 1
     starts = torch.linspace(0, len(pictures) - run, max(1, count // run), dtype=torch.float64).round().long()
     places = (starts[:, None] + torch.arange(run)).flatten()
-    parts = []
-    for part in places.split(256):
-        chance = torch.full((len(part), 4), (center + 0.5) / num_variants)
-        parts.append(pictures.take_features(part, chance))
-    return torch.cat(parts)
+    parts = [pictures.take_features(part, chance.expand(len(part), 4)) for part in places.split(256)]
+    return {name: torch.cat([part[name] for part in parts]) for name in first}
 
 
 def open_pictures(
@@ -298,16 +305,17 @@ def open_pictures(
         feature_rows = rows[order.numpy()]
     if recipe.data.mode == "online" and isinstance(store, RemoteStore):
         raise ArraError(f"{store.place}: an export holds no pictures to train on online; set data.mode: cached")
+    used = used_choices(recipe)
     if recipe.data.mode == "cached":
-        features = store.reader(features_name(recipe)) if recipe.align is not None else None
+        features = {name: store.reader(choice.column) for name, choice in used.items()}
         return StoredPictures(rows, store.reader(CODES), features, feature_rows)
     if feature_rows is not None:
         raise ArraError("align.shuffle_targets: the shuffled control needs stored features; set data.mode: cached")
-    names = [CODES] + ([features_name(recipe)] if recipe.align is not None else [])
-    codes, *rest = build_makers(recipe, names, tokenizer, device=device, batch_size=32)
+    columns = list(dict.fromkeys(choice.column for choice in used.values()))
+    codes, *rest = build_makers(recipe, [CODES, *columns], tokenizer, device=device, batch_size=32)
     assert isinstance(codes, CodesMaker)
-    features_maker = rest[0] if rest else None
-    assert features_maker is None or isinstance(features_maker, FeaturesMaker)
-    views = {name: view for name, view in views_of(recipe).items() if name in (CROP, *([LARGE] if rest else []))}
-    loader = Loader(store.path, views, grey16=recipe.data.crop.grey16)
-    return OnlinePictures(rows, loader, codes, features_maker, recipe.data.crop.kind == "random", workers)
+    made = {maker.name: maker for maker in rest if isinstance(maker, FeaturesMaker)}
+    makers = {name: made[choice.column] for name, choice in used.items()}
+    seen = {CROP, *(view for maker in makers.values() for view in maker.views)}
+    loader = Loader(store.path, views_of(recipe, seen), grey16=recipe.data.crop.grey16)
+    return OnlinePictures(rows, loader, codes, makers, recipe.data.crop.kind == "random", workers)

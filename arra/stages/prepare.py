@@ -2,6 +2,7 @@
 
 sources -> index (records) -> one pass over the pictures: decoded once, cropped once, seen by every maker -> columns
                            -> one pass over the captions, where the model is told of them by a text encoder
+                           -> files of others that hold codes or features of the records
 """
 
 import os
@@ -22,6 +23,7 @@ from arra.data.llamagen_lists import LlamaGenCodesSource
 from arra.data.loading import default_workers
 from arra.data.store import Store
 from arra.distributed import set_threads
+from arra.encoders import EncoderChoice, check_encoder_name
 from arra.encoders.text import require_transformers
 from arra.encoders.text_cleaning import clean_caption
 from arra.errors import ArraError
@@ -36,8 +38,9 @@ from arra.stages.caption_features import (
     num_cut_captions,
     require_cleaning,
 )
+from arra.stages.feature_files import import_feature_files
 from arra.stages.imports import brought_caption_columns, import_caption_features, import_codes
-from arra.stages.makers import CODES, picture_columns
+from arra.stages.makers import CODES, feature_choices, features_name, is_named, picture_columns
 from arra.stages.passes import Pass, PassPlan, ShardDone
 from arra.stages.preparation import Preparation
 from arra.stages.process import Progress, silent
@@ -118,13 +121,16 @@ def prepare(
     *,
     options: PrepareOptions | None = None,
     only: Sequence[str] | None = None,
+    feature_files: Path | None = None,
     accept: Callable[[Store], None] = lambda store: None,
     progress: Progress = silent,
 ) -> Preparation:
     """The store of the recipe, with all its columns (or those in `only`); columns that are there stay.
 
-    The tokenizer is trained first where the recipe says so; it then lies in `folder/tokenizer`. `accept` is called with
-    the records, before anything is computed; it may raise.
+    `only` has names of columns, or first parts of them (`features`). With `feature_files`, a folder of the original
+    ARRA extraction, the features that it names are taken from there, and no picture is read. The tokenizer is trained
+    first where the recipe says so; it then lies in `folder/tokenizer`. `accept` is called with the records, before
+    anything is computed; it may raise.
     """
     options = options or PrepareOptions()
     set_threads(options.threads)
@@ -152,6 +158,11 @@ def prepare(
         accept(indexed.store)
         for column in indexed.store.column_names():
             tidy_column(folder / column)
+        if feature_files is not None:
+            writers = _import_features(recipe, indexed.store, options, only, feature_files, found, progress)
+            _finish(found, indexed.store, writers)
+            found.seconds = time.monotonic() - started
+            return found
         writers = {} if only is not None else _import(recipe, indexed.store, options, found, progress)
         # told now if something is missing for them, not after hours with the pictures
         captions = _missing_captions(recipe, indexed.store, options, only)
@@ -200,6 +211,67 @@ def _import(
     return writers
 
 
+def _import_features(
+    recipe: Recipe,
+    store: Store,
+    options: PrepareOptions,
+    only: Sequence[str] | None,
+    folder: Path,
+    found: Preparation,
+    progress: Progress,
+) -> dict[str, ColumnWriter]:
+    """The column of features whose files lie in a folder: this process's shards of it are written.
+
+    Raises:
+        ArraError: `only` names no one column, or the store has it otherwise made.
+    """
+    meant = {name: each for name, each in feature_choices(recipe).items() if is_named(features_name(each), only)}
+    named = list(meant.values())
+    if len({features_name(each) for each in named}) != 1:
+        raise ArraError(
+            f"--from {folder}: its features are of one encoder, and several of the recipe are meant: "
+            f"{', '.join(meant)}; say by one of these names whose they are (--encoder)"
+        )
+    own, name = options.own_shards(store), features_name(named[0])
+    entry = store.entry(name)
+    found.already = 0 if entry is None else len(store) - entry.failed
+    writer = import_feature_files(
+        recipe,
+        store,
+        named[0],
+        folder,
+        own,
+        progress,
+        replace=options.replace,
+        retry_failed=options.retry_failed,
+    )
+    if writer is None:
+        return {}
+    found.already, failed = 0, sum(writer.done().get(shard, 0) for shard in own)
+    found.done = sum(store.about["shards"][shard] for shard in own) - failed
+    return {name: writer}
+
+
+def asked_features(recipe: Recipe, encoder: str | None) -> tuple[Recipe, tuple[str, ...]]:
+    """What `arra extract` is to make: the recipe, with a further encoder where it has not the named one, and columns.
+
+    `encoder` is a teacher by its name in the recipe, or the name of a network; None asks for every teacher's features.
+
+    Raises:
+        ArraError: no such encoder.
+    """
+    choices = feature_choices(recipe)
+    if encoder is None:
+        return recipe, ("features",)
+    found = [choice for name, choice in choices.items() if encoder in (name, choice.name)]
+    if not found:
+        check_encoder_name(encoder)
+        found = [EncoderChoice(name=encoder)]
+        others = {**recipe.encoder.others, "extracted": found[0]}
+        recipe = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"others": others})})
+    return recipe, tuple(features_name(choice) for choice in found)
+
+
 def _make(
     recipe: Recipe,
     store: Store,
@@ -213,10 +285,8 @@ def _make(
     tokenizer = (
         prepare_tokenizer(recipe, store, replace=options.replace, progress=progress) if needs_tokenizer else None
     )
-    wanted = picture_columns(recipe, tokenizer)
-    if only is not None:
-        chosen = {*only, *ALWAYS}
-        wanted = {name: made_by for name, made_by in wanted.items() if name.partition(".")[0] in chosen}
+    chosen = None if only is None else {*only, *ALWAYS}
+    wanted = picture_columns(recipe, tokenizer, None if options.replace else store, chosen)
     if not options.replace:
         _refuse_other_makers(recipe, store, wanted)
     missing = {

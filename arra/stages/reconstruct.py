@@ -23,7 +23,7 @@ from arra.data.records import Failure, Found, ImageRef, Record, Source, inside
 from arra.data.sources import detect_kind
 from arra.data.store import RECORDS, Store
 from arra.distributed import choose_device
-from arra.encoders import encoder_spec
+from arra.encoders import EncoderChoice, check_encoder_name
 from arra.errors import ArraError
 from arra.evaluate.distances import Interval
 from arra.evaluate.reconstruction import load_inception
@@ -93,7 +93,7 @@ def parse_options(*, entry: str, **options: Any) -> ReconstructOptions:
     if entry not in ("model", "ema"):
         raise ArraError(f"--entry {entry}: expected model or ema")
     if options["judge"] is not None:
-        encoder_spec(options["judge"])
+        check_encoder_name(options["judge"])
     return ReconstructOptions(entry=entry, **options)  # type: ignore[arg-type]
 
 
@@ -147,7 +147,7 @@ def reconstruct(
             store,
             spaced(rows, options.max_images),
             image_size=size,
-            judge=options.judge or pictures.judge,
+            judge=pictures.judge if options.judge is None else EncoderChoice(name=options.judge),
             device=device,
             grey16=pictures.grey16,
             perceptual=perceptual,
@@ -177,7 +177,7 @@ def reconstruct(
 class _Pictures:
     store: Store
     image_size: int | None
-    judge: str
+    judge: EncoderChoice
     grey16: Any
     broken: tuple[Failure, ...] = ()
 
@@ -188,7 +188,7 @@ def _open_pictures(data: str, scratch: Path, progress: Progress) -> _Pictures:
     is_store = path.is_dir() and (path / "manifest.json").is_file()
     bare = path.is_dir() and not is_store and detect_kind(path) in ("folder", "classes")
     recipe = recipe_of("demo" if is_store or bare else data, None, [])
-    judge, grey16 = recipe.encoder.judge, recipe.data.crop.grey16
+    judge, grey16 = recipe.encoder.choice("judge"), recipe.data.crop.grey16
     if is_store:
         return _Pictures(Store.open(path), None, judge, grey16)
     sources: Sequence[Source] = [PictureFolder(path=data)] if bare else recipe.data.all_sources

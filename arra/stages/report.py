@@ -8,14 +8,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from arra.encoders import encoder_spec
 from arra.errors import ArraError
 from arra.evaluate.card import Evaluation, values_key
 from arra.evaluate.compare import compare, compare_seeds
 from arra.report.grids import GridColumn, png_bytes, readme_grid
 from arra.report.page import NOTE_SAME_FAMILY, Comparison, HeldOut, RunView, Samples, build_report
 from arra.runs import atomic_write
-from arra.stages.evaluate import PICTURES_FILE
+from arra.stages.evaluate import PICTURES_FILE, SAME_FAMILY
 from arra.stages.origin import noted
 from arra.stages.paint import LoadedRun, load_run
 
@@ -55,8 +54,7 @@ def report(folders: Sequence[Path], out: Path, *, title: str, timings: Sequence[
         compare_rows(baseline, other, by_label, num_resamples=settings.num_resamples, seed=settings.seed)
         for other in others
     ]
-    spec = encoder_spec
-    same_family = spec(loaded[0].recipe.encoder.judge).family == spec(loaded[0].recipe.encoder.teacher).family
+    same_family = any(evaluation.card.protocol.get(SAME_FAMILY) for evaluation in evaluations.values())
     page = build_report(
         out,
         title=title,

@@ -268,7 +268,7 @@ class _Training:
             self.store,
             rows,
             image_size=self.recipe.data.image_size,
-            judge=self.recipe.encoder.judge,
+            judge=self.recipe.encoder.choice("judge"),
             device=device,
             grey16=self.recipe.data.crop.grey16,
             perceptual=perceptual,

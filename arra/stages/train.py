@@ -4,7 +4,7 @@ Legend: N records, P image positions, F feature.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from arra.data.loading import default_workers
 from arra.data.records import source_names
 from arra.data.store import Store
 from arra.distributed import choose_device, set_threads
-from arra.encoders import encoder_spec
+from arra.encoders import SPECS, encoder_spec
 from arra.errors import ArraError
 from arra.models import Decoder, Painter, save_model
 from arra.models.adapters import load_bitsandbytes
@@ -46,7 +46,7 @@ from arra.stages.language import (
     text_hash,
     text_rows,
 )
-from arra.stages.makers import center_variant, crop_of
+from arra.stages.makers import center_variant, crop_of, used_choices
 from arra.stages.model import (
     WEIGHTS_NAMES,
     build_model,
@@ -67,10 +67,11 @@ from arra.stages.pictures import (
 )
 from arra.stages.process import Progress, locked, silent
 from arra.stages.tokenizer import tokenizer_folder
+from arra.stages.watch import open_watcher
 from arra.tokenizers import ImageTokenizer
 from arra.tokenizers.image import CARD_FILE, WEIGHTS_FILE
 from arra.tokenizers.text import TextTokenizer
-from arra.train.alignment import build_alignment
+from arra.train.alignment import build_alignment, check_features, count_parameters
 from arra.train.loop import Trainer
 
 NUM_PREVIEWS = 8
@@ -94,8 +95,8 @@ class TrainingData:
     validation_rows: np.ndarray
     asked: Callable[[Sequence[int]], dict[str, Any]]
     """What a model is asked for some of the validation records."""
-    features: Tensor | None
-    """Of a sample of the training pictures, to fit the target space on."""
+    features: Mapping[str, Tensor] | None
+    """Every teacher's, of a sample of the training pictures, to fit the target spaces on."""
     card: LanguageCard | None = None
     """Of a language model."""
     text_validation: Sequence[TrainBatch] = ()
@@ -116,6 +117,8 @@ def training_data(
     features = None
     if recipe.align is not None:
         features = feature_sample(pictures, center_variant(recipe), crop_of(recipe).num_variants)
+        for where, term in recipe.align_terms():
+            check_features(term, tuple(features[term.encoder].shape[1:]), where=where)
     told: dict[str, Any] = {
         "pictures": pictures,
         "batch_size": recipe.train.batch_size,
@@ -266,6 +269,20 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, 
         recipe, store, tokenizer, device=device
     )  # first: a recipe that does not fit its data leaves no run behind
     model = first_model(recipe, data).to(device)
+    watcher = None
+    if recipe.train.watch_every_steps is not None:
+        watcher = open_watcher(
+            recipe,
+            store,
+            tokenizer,
+            used_choices(recipe) or {"teacher": recipe.encoder.choice("teacher")},
+            hidden_size=model.hidden_size,
+            text=data.text,
+            card=data.card,
+            images=recipe.train.watch_images,
+            device=device,
+            progress=progress,
+        )
     if start is not None:
         model.about["started_from"] = {"weights": start, "sha256": manifest["weights_sha256"]}
     if isinstance(model, CausalLM) and tokenizer is not None:  # an imported one did not say
@@ -293,7 +310,8 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, 
             settings=recipe.train,
             run=run,
             preview=_previewer(data, run) if previews else None,
-            watch=_watcher(progress, recipe.train.steps),
+            watch=_watch(progress, recipe.train.steps),
+            watcher=watcher,
             text_validation=data.text_validation,
         )
         try:
@@ -364,8 +382,10 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
     return saved and any(row["step"] == recipe.train.steps for row in run.read_metrics()[-3:])
 
 
-def _watcher(progress: Progress, steps: int) -> Callable[[dict[str, Any]], None]:
+def _watch(progress: Progress, steps: int) -> Callable[[dict[str, Any]], None]:
     def watch(row: dict[str, Any]) -> None:
+        if row["kind"] == "watch":
+            return
         note = f"validation {row['ntp_loss']:.3f}" + (f", text {row['text_loss']:.3f}" if "text_loss" in row else "")
         if row["kind"] == "train":
             aligned = "" if row["gva_loss"] is None else f", gva {row['gva_loss']:.3f}"
@@ -402,13 +422,14 @@ def describe_recipe(recipe: Recipe) -> str:
     length = settings.prefix_length + settings.num_positions
     images = recipe.train.steps * recipe.train.batch_size
     before = {
-        "text": f"{settings.prefix_length} text positions",
+        "text": f"{settings.condition_length} text positions",
         "class": "1 class",
-        "caption": f"{settings.prefix_length} vectors of a caption",
+        "caption": f"{settings.condition_length} vectors of a caption",
     }
+    rep = " + the REP token" if settings.rep_token else ""
     lines = [
         f"image: {settings.num_positions} codes ({settings.grid[0]} x {settings.grid[1]}) of {settings.num_codes}",
-        f"sequence: {before[model.condition]} + {settings.num_positions} codes",
+        f"sequence: {before[model.condition]}{rep} + {settings.num_positions} codes",
         f"decoder: {parameters:,} parameters",
         f"training: {images:,} images, {images * length:,} tokens",
     ]
@@ -417,11 +438,20 @@ def describe_recipe(recipe: Recipe) -> str:
     if model.weights is not None:
         lines.append(f"first weights: {model.weights}")
     if recipe.align is not None:
-        target = recipe.align.components or encoder_spec(recipe.encoder.teacher).feature_size
-        inner = recipe.align.inner_size or target
-        count = (model.hidden_size + 1) * inner + (inner + 1) * target
-        lines.append(f"projector: {count:,} parameters, thrown away after training")
+        lines += describe_projectors(recipe)
     return dump_recipe(recipe) + "".join(f"# {line}\n" for line in lines)
+
+
+def describe_projectors(recipe: Recipe) -> list[str]:
+    """How many parameters the projectors have, in a line; nothing where a teacher's features are not known yet."""
+    assert recipe.align is not None
+    sizes = {}
+    for name, choice in used_choices(recipe).items():
+        if choice.name not in SPECS or choice.output is not None or choice.layers is not None:
+            return []
+        sizes[name] = encoder_spec(choice.name).feature_size
+    count = count_parameters(recipe.align, sizes, hidden_size=recipe.model.hidden_size)
+    return [f"projector: {count:,} parameters, thrown away after training"]
 
 
 def describe_language_model(recipe: Recipe) -> list[str]:

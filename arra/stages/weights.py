@@ -140,8 +140,8 @@ def _import_decoder(weights: Weights, out: Path, known: dict[str, Any], how: Fit
     shape = f"{settings.num_layers} layers of {settings.hidden_size}, {settings.num_heads} heads"
     condition = {
         "class": f"{settings.num_classes} classes",
-        "caption": f"{settings.prefix_length} caption features of {settings.caption_dim}",
-        "text": f"{settings.prefix_length} text tokens",
+        "caption": f"{settings.condition_length} caption features of {settings.caption_dim}",
+        "text": f"{settings.condition_length} text tokens",
     }[settings.condition]
     rows = [
         ("kind", f"decoder, {f'size {size.upper()} ({shape})' if size else shape}"),

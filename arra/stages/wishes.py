@@ -120,7 +120,7 @@ def prompt_wishes(
             raise ArraError(
                 f"--prompt: {count} tokens, {name} reads {said.mask.shape[1]}; shorten it: {shortened(prompt)}"
             )
-    slots = model.settings.prefix_length
+    slots = model.settings.condition_length
     if int(said.mask.sum(1).max()) > slots:
         raise ArraError(f"--prompt: longer than the {slots} vectors that this model takes; shorten it")
     return Wishes(list(prompts), facts, captions=(said.features[:, :slots], said.mask[:, :slots]))
@@ -177,7 +177,7 @@ def check_prompts(model: Decoder, prompts: Sequence[str]) -> None:
     Raises:
         ArraError: a prompt has no word in it, or more tokens than the model has room for.
     """
-    text, room = model.text_tokenizer, model.settings.prefix_length - 1
+    text, room = model.text_tokenizer, model.settings.condition_length - 1
     if text is None:
         return
     for prompt in prompts:

@@ -21,12 +21,14 @@ from arra.errors import ArraError
 
 BOS, SEPARATOR = "<s>", "<reserved08706>"
 BEGIN, END, NEW_LINE = "<racm3:break>", "<eoss>", "<reserved08799>"
+REP = "<reserved08795>"
+"""What ARRA's released code has for its REP token, in lines that are commented out."""
 FIRST_SIZE = 8800
 """`<reserved08800>` plus n is the token of a side of n times 32 pixels."""
 LUMINA_TEMPLATE = "Generate an image of {width}x{height} according to the following prompt:\n{prompt}"
 """What Lumina-mGPT was trained on; ARRA's own runs took the bare prompt."""
 
-IMAGE_START, IMAGE_END, IMAGE_ROW = "<|image_start|>", "<|image_end|>", "<|image_row|>"
+IMAGE_START, IMAGE_END, IMAGE_ROW, IMAGE_REP = "<|image_start|>", "<|image_end|>", "<|image_row|>", "<|image_rep|>"
 
 _LETTERS = str.maketrans("0123456789", "ABCDEFGHIJ")
 _DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
@@ -35,7 +37,7 @@ _CODE = re.compile(r"<\|image_code_(\d+)\|>", re.ASCII)
 _SIDE = re.compile(r"<\|image_side_(\d+)\|>", re.ASCII)
 _SPECIAL = re.compile(
     r"<reserved\d{5}>|<racm3:break>|<eoss>|IMGIMG[A-J]+Z|<s>|</s>|<pad>|<unk>|<image>"
-    r"|<\|image_(?:start|end|row|side_\d+|code_\d+)\|>",
+    r"|<\|image_(?:start|end|row|rep|side_\d+|code_\d+)\|>",
     re.ASCII,
 )
 
@@ -55,9 +57,9 @@ def side_name(steps: int) -> str:
     return f"<|image_side_{steps}|>"
 
 
-def generic_names(num_codes: int, *, num_sizes: int = 0, rows: bool = True) -> list[str]:
+def generic_names(num_codes: int, *, num_sizes: int = 0, rows: bool = True, rep_token: bool = False) -> list[str]:
     """The tokens that a language model needs to write images, in the order of their ids; codes come last."""
-    marks = [IMAGE_START, IMAGE_END, *([IMAGE_ROW] if rows else [])]
+    marks = [IMAGE_START, IMAGE_END, *([IMAGE_ROW] if rows else []), *([IMAGE_REP] if rep_token else [])]
     sides = [side_name(steps) for steps in range(1, num_sizes + 1)]
     return [*marks, *sides, *(code_name(code) for code in range(num_codes))]
 
@@ -118,10 +120,10 @@ def chameleon_layout(
 
 
 def _chameleons(vocabulary: Mapping[str, int], num_codes: int, *, source: str) -> dict[str, Any]:
-    """What both of its layouts have."""
+    """What both of its layouts have; REP is known and not written."""
     names = {"bos": BOS, "separator": SEPARATOR, "begin_image": BEGIN, "end_image": END}
     marks = {field: _id(vocabulary, name, source=source) for field, name in names.items()}
-    return marks | _codes(vocabulary, _CHAMELEON_CODE, num_codes, source=source)
+    return marks | {"rep_id": vocabulary.get(REP)} | _codes(vocabulary, _CHAMELEON_CODE, num_codes, source=source)
 
 
 def generic_layout(
@@ -136,7 +138,8 @@ def generic_layout(
     max_positions: int | None = None,
     source: str = "vocabulary",
 ) -> ImageLayout:
-    """The layout of a language model whose vocabulary has the tokens of `generic_names`: rows and sides where it has.
+    """The layout of a language model whose vocabulary has the tokens of `generic_names`: rows and sides where it has,
+    REP known where it has it, and not written.
 
     `bos` and `closing` are ids of the model's own. Guidance and condition dropout see an empty prompt.
 
@@ -156,6 +159,7 @@ def generic_layout(
         size_step=size_step if sides else 1,
         num_sizes=num_sizes,
         closing=closing,
+        rep_id=vocabulary.get(IMAGE_REP),
         template=template,
         pixels_per_code=pixels_per_code,
         unconditional="empty_prompt",

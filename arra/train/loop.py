@@ -8,7 +8,7 @@ Legend: B batch, P image positions.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from arra.align import Alignment
+from arra.align import Alignments, Balance, WeightSchedule
+from arra.align.alignment import MAIN
 from arra.data.batches import TrainBatch, mix
 from arra.models import Decoder, Painter
 from arra.models.head import head_losses
@@ -42,7 +43,7 @@ class Trainer:
     """Model, optimiser and position of one run; what of the model does not require gradients stays as it is."""
 
     model: Painter
-    alignment: Alignment | None
+    alignment: Alignments | None
     batches: Steps
     validation: Sequence[TrainBatch]
     settings: TrainSettings
@@ -51,11 +52,16 @@ class Trainer:
     """Called as preview(model, step); must leave model and random state as they are."""
     watch: Callable[[dict[str, Any]], None] | None = None
     """Called with every row of the metrics."""
+    watcher: Callable[[Painter, Alignments | None, int], list[dict[str, Any]]] | None = None
+    """Called as watcher(model, alignment, step); measures what the states have in common with the teachers' features,
+    and must leave all as it is."""
     text_validation: Sequence[TrainBatch] = ()
     """Rows of text on which it is watched whether a language model keeps its language."""
 
     def __post_init__(self) -> None:
         self.step, self.seconds = 0, 0.0
+        self.weights: dict[str, float] = {}
+        """Of the alignment's terms, in the step that was made last."""
         self.device = self.model.device
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         saved = self.model.state_dict().keys()
@@ -113,17 +119,40 @@ class Trainer:
     def accumulate(self, batch: TrainBatch) -> Losses:
         """Gradients of the batch's mean losses, in which every label and picture counts once, in any micro-batch."""
         size, rows = self.settings.micro_batch_size or len(batch.tokens), len(batch.tokens)
-        counts = {"num_tokens": int(batch.labelled.sum()), "num_images": int(batch.predicting.any(1).sum())}
-        sums: list[Tensor] = []
+        pictures = batch.predicting.any(1)
+        counts = {"num_tokens": int(batch.labelled.sum()), "num_images": int(pictures.sum())}
+        candidates, weights = None, None
+        if self.alignment is not None:
+            weights = self.weights = self.alignment.weights_at(self.step, steps=self.settings.steps)
+            wanted = {term.encoder for _, term in self.alignment.items() if term.contrasts_pictures}
+            if batch.features is not None and size < rows:
+                candidates = {name: batch.features[name][pictures].to(self.device) for name in wanted}
+        names: list[str] = []
+        sums, squares = [], dict[str, list[tuple[float, float]]]()
         for start in range(0, rows, size):
             part = move(select(batch, slice(start, start + size)), self.model)
             with self.narrowed():
-                losses = compute_losses(self.model, part, self.alignment, z_weight=self.settings.z_weight, **counts)
+                losses = compute_losses(
+                    self.model,
+                    part,
+                    self.alignment,
+                    z_weight=self.settings.z_weight,
+                    weights=weights,
+                    candidates=candidates,
+                    **counts,
+                )
             losses.total.backward()
-            gva = losses.gva if losses.gva is not None else losses.total.new_tensor(math.nan)
-            sums.append(torch.stack([losses.total, losses.ntp, losses.z, gva]).detach())
-        total, ntp, z, gva = torch.stack(sums).sum(0)
-        return Losses(total, ntp, z, None if self.alignment is None else gva)
+            for name, gradient in losses.gradients.items():
+                squares.setdefault(name, []).append(gradient.squares())
+            names = list(losses.aligned)
+            sums.append(torch.stack([losses.total, losses.ntp, losses.z, *losses.aligned.values()]).detach())
+        if self.alignment is not None:
+            for name, term in self.alignment.items():
+                if term.balance is not None and name in squares:
+                    aligned, other = (sum(each) for each in zip(*squares[name], strict=True))
+                    term.balance.update(aligned=aligned, other=other)
+        total, ntp, z, *aligned_sums = torch.stack(sums).sum(0)
+        return Losses(total, ntp, z, dict(zip(names, aligned_sums, strict=True)))
 
     def narrowed(self) -> AbstractContextManager[object]:
         """A block in which products are computed in the type that the settings ask for."""
@@ -144,6 +173,7 @@ class Trainer:
                     "loss": losses.total.item(),
                     "ntp_loss": losses.ntp.item(),
                     "gva_loss": None if losses.gva is None else losses.gva.item(),
+                    **self.further_terms(losses),
                     "z_loss": losses.z.item(),
                     "lr": learning_rate(self.step - 1, s),
                     "grad_norm": grad_norm,
@@ -157,11 +187,25 @@ class Trainer:
                 if self.text_validation:
                     row["text_loss"] = validation_loss(self.model, self.text_validation)
             self.log(row)
+        if self.watcher and s.watch_every_steps and (self.step % s.watch_every_steps == 0 or last):
+            with self.averaged():
+                for row in self.watcher(self.model, self.alignment, self.step):
+                    self.log({"kind": "watch", "step": self.step, **row})
         if self.preview and s.preview_every_steps and (self.step % s.preview_every_steps == 0 or last):
             with self.averaged():
                 self.preview(self.model, self.step)
         if self.step % s.checkpoint_every_steps == 0 or last:
             self.save()
+
+    def further_terms(self, losses: Losses) -> dict[str, float]:
+        """What is logged of terms beside the main one, and of weights that change."""
+        if self.alignment is None:
+            return {}
+        found = {f"gva_loss.{name}": each.item() for name, each in losses.aligned.items() if name != MAIN}
+        for name, term in self.alignment.items():
+            if term.balance is not None or term.schedule != WeightSchedule():
+                found["align_weight" + ("" if name == MAIN else f".{name}")] = self.weights[name]
+        return found
 
     def log(self, row: dict[str, Any]) -> None:
         """Nothing; the row is in the run's metrics, and whoever watches has seen it."""
@@ -177,6 +221,10 @@ class Trainer:
             tensors |= optimizer_tensors(optimizer, self.names)
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        tensors |= {
+            f"balance.{name}": torch.tensor([balance.ratio, float(balance.steps)], dtype=torch.float64)
+            for name, balance in self.balances().items()
+        }
         save_checkpoint(
             self.run.path / "checkpoints",
             step=self.step,
@@ -199,8 +247,17 @@ class Trainer:
                 value.copy_(checkpoint.tensors[f"model.{name}"])
             for name, value in (self.average or {}).items():
                 value.copy_(checkpoint.tensors[f"average.{name}"])
+        for name, balance in self.balances().items():
+            balance.ratio, steps = checkpoint.tensors[f"balance.{name}"].tolist()
+            balance.steps = int(steps)
         for optimizer in self.optimizers:
             restore_optimizer(optimizer, self.names, checkpoint.tensors)
+
+    def balances(self) -> dict[str, Balance]:
+        """Of the alignment's terms that have one."""
+        if self.alignment is None:
+            return {}
+        return {name: term.balance for name, term in self.alignment.items() if term.balance is not None}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -250,6 +307,10 @@ def move(batch: TrainBatch, model: Painter) -> TrainBatch:
 
 def on_each_part(batch: TrainBatch, change: Callable[[Tensor], Tensor]) -> TrainBatch:
     """The batch with every tensor changed."""
-    parts = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    changed: dict[str, Any] = {name: None if part is None else change(part) for name, part in parts.items()}
-    return TrainBatch(**changed)
+
+    def changed(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return change(part)
+        return {name: change(each) for name, each in part.items()} if isinstance(part, Mapping) else part
+
+    return TrainBatch(**{field.name: changed(getattr(batch, field.name)) for field in fields(batch)})

@@ -7,25 +7,91 @@ from pydantic import Field, model_validator
 from arra.data.crops import CropSettings
 from arra.settings import Settings
 
+# as in `arra.align`, which recipes must not need: whoever paints reads recipes too (a test compares them)
+Target = Literal["hybnext", "at", "rep", "patch", "causal", "legacy-2025-11", "legacy-2025-03"]
+Loss = Literal["cosine", "mse", "nt-xent", "relational"]
+ProjectorKind = Literal["mlp", "linear", "max-pool", "avg-pool", "conv"]
+Decay = Literal["none", "linear", "cosine"]
+ON_GRID: tuple[Target, ...] = ("hybnext", "patch", "causal")
+CONTRASTING: tuple[Loss, ...] = ("nt-xent", "relational")
+MAIN = "main"
 
-class AlignSettings(Settings):
-    """The alignment term; `align: null` in a recipe trains without it."""
+
+class AlignTerm(Settings):
+    """One alignment term: which states are pulled towards which features, and how hard."""
 
     layer: int = Field(1, ge=0)
     """0 = embeddings, k = residual stream after the k-th block; the paper uses 1."""
-    target: Literal["hybnext", "at"] = "hybnext"
-    """hybnext: every position whose state predicts an image code, the paper's; at: every position that holds one."""
-    loss: Literal["cosine"] = "cosine"
+    target: Target = "hybnext"
+    """hybnext: every position whose state predicts an image code, the paper's; at: every position that holds one; rep:
+    a token before the image, which sampling then writes too; patch: as hybnext, each position to the patch that its
+    code paints; causal: as hybnext, each to the picture down to its band; legacy-2025-11, legacy-2025-03: the windows
+    of the published releases."""
+    encoder: str = "teacher"
+    """Whose features: the recipe's `encoder.teacher`, or one of `encoder.others` by name."""
+    loss: Loss = "cosine"
+    """cosine (the paper's), mse, nt-xent (contrastive over the batch, or over a picture's patches), relational."""
+    temperature: float = Field(0.1, gt=0)
+    """With `loss: nt-xent`."""
     weight: float = Field(1.0, ge=0)
     """Lambda, the factor beside the next-token loss; 0 measures the term without training on it."""
+    projector: ProjectorKind = "mlp"
+    """mlp (the paper's two layers), linear, max-pool and avg-pool (without parameters), conv (3 x 3 over the grid)."""
     inner_size: int | None = Field(None, gt=0)
-    """Inner width of the projector; null is the target's width."""
+    """Inner width of the two-layer projector; null is the target's width."""
     center: bool = True
     """Take the training mean out of the features, which share a large common direction."""
+    whiten: bool = False
+    """Give all principal axes of the features about the same variance."""
     components: int | None = Field(None, gt=0)
     """Principal components of the features to align with; null keeps all dimensions."""
+    spatial_norm: float | None = Field(None, ge=0, le=1)
+    """With `target: patch`: take this share of a picture's mean patch out and divide by the deviation (iREPA: 0.6)."""
+    position_power: float = Field(0.0, ge=0)
+    """Weights of an image's positions rise as place ** this: early tokens have seen little; 0 weighs all the same."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the weight rises from 0."""
+    decay: Decay = "none"
+    """Whether the weight falls to 0 from the warm-up to the stop, or the end: none, linear, cosine."""
+    stop_step: int | None = Field(None, gt=0)
+    """From this step on the term is left out."""
+    balance: float | None = Field(None, gt=0)
+    """Multiply the weight so that the term's gradient, where it enters the states, has this share of all other
+    gradient's norm there; null leaves the weight as it is."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "AlignTerm":
+        if self.projector == "conv" and self.target not in ON_GRID:
+            raise ValueError(f"projector: conv needs a state for every code; use it with {', '.join(ON_GRID)}")
+        if self.projector != "mlp" and self.inner_size is not None:
+            raise ValueError(f"inner_size: projector '{self.projector}' has no inner layer; leave it out")
+        if self.loss in CONTRASTING and self.target == "causal":
+            raise ValueError(f"loss: {self.loss} compares whole pictures or patches; use cosine or mse with causal")
+        if self.spatial_norm is not None and self.target != "patch":
+            raise ValueError(f"spatial_norm: is of patches, and target '{self.target}' has none; leave it out")
+        if self.whiten and not self.center:
+            raise ValueError("whiten: is of centred features; set center: true")
+        return self
+
+
+class AlignSettings(AlignTerm):
+    """The alignment; `align: null` in a recipe trains without it."""
+
     shuffle_targets: bool = False
-    """Control: give every picture the feature of another one, fixed for the whole training."""
+    """Control: give every picture the features of another one, fixed for the whole training."""
+    more: dict[str, AlignTerm] = {}
+    """Further terms beside this one, by names of your own."""
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> "AlignSettings":
+        for name in self.more:
+            if name == MAIN or not name.isidentifier():
+                raise ValueError(f"more: '{name}' is no name for a term; use letters and digits, and not '{MAIN}'")
+        return self
+
+    def terms(self) -> dict[str, AlignTerm]:
+        """All terms by name, this one first."""
+        return {MAIN: self, **self.more}
 
 
 class TrainSettings(Settings):
@@ -72,6 +138,11 @@ class TrainSettings(Settings):
     log_every_steps: int = Field(10, gt=0)
     validate_every_steps: int = Field(100, gt=0)
     preview_every_steps: int | None = Field(None, gt=0)
+    watch_every_steps: int | None = Field(None, gt=0)
+    """How often it is measured, at every layer and position, what the states have in common with the teachers'
+    features; null never. `arra probe` does it afterwards."""
+    watch_images: int = Field(256, ge=16)
+    """Held-out pictures that are watched."""
     checkpoint_every_steps: int = Field(100, gt=0)
     keep_checkpoints: int = Field(2, gt=0)
 

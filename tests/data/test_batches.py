@@ -29,7 +29,7 @@ def make(**changes: Any) -> Batches:
     fields: dict[str, Any] = {
         "conditions": TextConditions(**told),
         "pictures": InMemory(
-            torch.arange(count * 6).view(count, 6), torch.arange(count).float()[:, None].expand(-1, 3)
+            torch.arange(count * 6).view(count, 6), {"teacher": torch.arange(count).float()[:, None].expand(-1, 3)}
         ),
         "batch_size": 4,
         "seed": 0,
@@ -43,8 +43,11 @@ def held(batches: Batches) -> InMemory:
 
 
 def equal(one: TrainBatch, other: TrainBatch) -> bool:
-    names = ("tokens", "labels", "code_mask", "prefix_mask", "features", "rows")
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
+    names = ("tokens", "labels", "code_mask", "prefix_mask", "rows")
+    assert one.features is not None
+    assert other.features is not None
+    same = [torch.equal(getattr(one, name), getattr(other, name)) for name in names]
+    return all(same) and torch.equal(one.features["teacher"], other.features["teacher"])
 
 
 def rows_of(batches: Batches, steps: range) -> list[int]:
@@ -142,7 +145,7 @@ def test_codes_and_features_belong_to_the_row() -> None:
     assert batch.rows is not None
     assert batch.features is not None
     assert torch.equal(batch.tokens[:, 5:], held(batches).codes[batch.rows])
-    assert torch.equal(batch.features[:, 0], batch.rows.float())
+    assert torch.equal(batch.features["teacher"][:, 0], batch.rows.float())
     assert make(pictures=InMemory(held(batches).codes)).batch(2).features is None
 
 
@@ -182,8 +185,9 @@ def test_text_prefix() -> None:
 
 def joined(parts: list[TrainBatch]) -> TrainBatch:
     lists = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+    features = {"teacher": torch.cat([each["teacher"] for each in lists.pop("features")])}
     fields: dict[str, Any] = {name: None if each[0] is None else torch.cat(each) for name, each in lists.items()}
-    return TrainBatch(**fields)
+    return TrainBatch(**fields, features=features)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5])

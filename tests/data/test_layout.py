@@ -30,8 +30,8 @@ def any_fields(draw: st.DrawFn) -> dict[str, Any]:
     first = draw(st.integers(0, 60))
     taken = set(range(first + 1, first + 1 + num_sizes))
     others = st.integers(0, 99).filter(lambda token: token not in taken)
-    ids = draw(st.lists(others, min_size=num_codes + 6, max_size=num_codes + 6, unique=True))
-    begin, end, row, bos, separator, close, *codes = ids
+    ids = draw(st.lists(others, min_size=num_codes + 7, max_size=num_codes + 7, unique=True))
+    begin, end, row, bos, separator, close, rep, *codes = ids
     optional = st.sampled_from([True, False])
     return dict(
         family=draw(st.sampled_from(["lumina", "chameleon", "generic"])),
@@ -48,6 +48,7 @@ def any_fields(draw: st.DrawFn) -> dict[str, Any]:
         num_codes=num_codes,
         code_order=tuple(codes),
         unconditional=draw(st.sampled_from(["image_only", "empty_prompt"])),
+        rep=rep if draw(optional) else None,
     )
 
 
@@ -116,11 +117,11 @@ def test_labels_are_the_images_turn(fields: dict[str, Any], prompt: list[int] | 
     layout = ImageLayout(**fields)
     codes = codes_for(layout, data)
     written = layout.sequence(prompt, codes)
-    own = len(layout.image((codes.shape[0], codes.shape[1]))) + len(layout.closing)
+    own = len(layout.image((codes.shape[0], codes.shape[1]))) + len(layout.closing) + (layout.rep is not None)
     asked = len(written.tokens) - own
     assert (written.labels[:asked] == NO_LABEL).all()
     assert (written.labels[asked:] == written.tokens[asked:]).all()
-    assert written.tokens[asked] == layout.begin_image
+    assert written.tokens[asked] == (layout.begin_image if layout.rep is None else layout.rep)
 
 
 @settings(max_examples=60, deadline=None)
@@ -133,8 +134,9 @@ def test_without_a_condition(fields: dict[str, Any], prompt: list[int], data: st
     full, dropped = layout.sequence(prompt, codes).tokens.tolist(), layout.sequence(None, codes).tokens.tolist()
     assert dropped[: len(layout.prefix(None, grid))] == layout.prefix(None, grid)
     if layout.unconditional == "image_only":
-        assert dropped == full[full.index(layout.begin_image) :]
-        assert layout.prefix(None, grid) == layout.opening(grid)
+        first = [] if layout.rep is None else [layout.rep]
+        assert dropped == full[full.index((*first, layout.begin_image)[0]) :]
+        assert layout.prefix(None, grid) == [*first, *layout.opening(grid)]
     else:
         assert dropped == layout.sequence([], codes).tokens.tolist()
 

@@ -507,7 +507,7 @@ def batches_of(store: Store, *, window: int, batch_size: int, kind: type[StoredP
     rows = store.rows("train", columns=columns)
     return Batches(
         conditions=TextConditions([[[row]] for row in range(len(rows))], 4),
-        pictures=kind(rows, store.reader("codes"), store.reader("features.small")),
+        pictures=kind(rows, store.reader("codes"), {"teacher": store.reader("features.small")}),
         batch_size=batch_size,
         seed=0,
         counts=store.source_counts(rows),
@@ -521,7 +521,7 @@ def batches_of(store: Store, *, window: int, batch_size: int, kind: type[StoredP
 def test_batches_hold_what_the_local_store_holds(store: Store, exported: Path, batch_size: int) -> None:
     found = far(exported)
     rows = order_of(store, found)[found.rows("train", columns=["codes", "features.small"])]
-    near = StoredPictures(rows, store.reader("codes"), store.reader("features.small"))
+    near = StoredPictures(rows, store.reader("codes"), {"teacher": store.reader("features.small")})
     batches, seen = batches_of(found, window=3, batch_size=batch_size), []
     assert sum(batches.groups or ()) == len(rows)
     for step in range(-(-len(rows) // batch_size)):
@@ -532,7 +532,7 @@ def test_batches_hold_what_the_local_store_holds(store: Store, exported: Path, b
         assert torch.equal(batch.tokens[:, 4:], codes)
         assert features is not None
         assert batch.features is not None
-        assert torch.equal(batch.features, features)
+        assert torch.equal(batch.features["teacher"], features["teacher"])
         seen += batch.rows.tolist()
         halves = [batches.batch(step, rank=rank, num_ranks=2) for rank in range(2)]
         assert torch.equal(torch.cat([half.tokens for half in halves]), batch.tokens)

@@ -84,6 +84,39 @@ def test_prompt_and_image(name: str) -> None:
         assert layout.prefix(prompt, grid)[:-3] == asked
 
 
+def test_rep_before_the_image() -> None:
+    """ARRA's first commented-out place of REP, at the start of the answer, is ours: it carries a label there."""
+    case, layout = CASES["rep_before_boi"], LAYOUTS["identity"]
+    assert layout.rep_id == 8799 == VOCABULARIES["identity"]["<reserved08795>"]
+    assert layout.rep is None
+    layout = layout.model_copy(update={"rep": layout.rep_id})
+    (prompt, answer), image = case["text_ids"], case["images"][0]
+    assert answer == [8799, IMAGE]
+    grid = (image["latent_h_w"][0], image["latent_h_w"][1])
+    codes = np.array(image["codes"]).reshape(grid)
+    for written in (layout.sequence(prompt, codes), layout.write([[prompt], [codes]])):
+        assert written.tokens.tolist() == case["input_ids"]
+        assert written.labels.tolist() == case["labels"]
+        assert written.rep_mask is not None
+        assert np.flatnonzero(written.rep_mask).tolist() == [len(prompt) + 2]
+        assert written.tokens[len(prompt) + 3] == 8197
+    assert layout.length(len(prompt), grid) == case["length"]
+    assert layout.prefix(prompt, grid) == case["input_ids"][: len(prompt) + 6]
+    assert (layout.read_image(case["input_ids"]) == codes).all()
+
+
+def test_rep_behind_the_prompt() -> None:
+    """The second place, a blank and REP at the end of what is asked, carries no label; it is text of the prompt."""
+    case, first = CASES["rep_after_prompt"], CASES["rep_before_boi"]
+    prompt = case["text_ids"][0]
+    assert prompt == [*first["text_ids"][0], SPACE, 8799]
+    place = case["input_ids"].index(8799)
+    assert place == first["input_ids"].index(8799)
+    assert (case["labels"][place], first["labels"][place]) == (NO_LABEL, 8799)
+    assert case["input_ids"][place + 1] == VOCABULARIES["identity"]["<reserved08706>"]
+    assert (np.array(first["labels"]) != NO_LABEL).sum() == 1062
+
+
 @pytest.mark.parametrize("name", [name for name in WRITTEN if "decode_image" in CASES[name]])
 def test_codes_are_found_again(name: str) -> None:
     """Also where the reference's second inverse, two sorted lists, is wrong: in a permuted vocabulary."""

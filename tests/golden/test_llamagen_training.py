@@ -139,9 +139,9 @@ def test_a_dropped_caption_keeps_its_mask() -> None:
 class Aligned(Alignment):
     """Keeps the states that are aligned, one row of them for each record."""
 
-    def forward(self, hidden: Tensor, features: Tensor, predicting: Tensor) -> Tensor:
-        self.seen = hidden[predicting].view(len(hidden), 16, -1).detach()
-        return super().forward(hidden, features, predicting)
+    def forward(self, hidden: Tensor, features: Tensor, positions: Tensor, **told: Any) -> Tensor:
+        self.seen = hidden[positions].view(len(hidden), 16, -1).detach()
+        return super().forward(hidden, features, positions, **told)
 
 
 @pytest.mark.parametrize("layer", range(4))
@@ -156,7 +156,7 @@ def test_what_is_aligned_are_the_originals_states_that_predict_codes(name: str, 
         prefix = Prefix(batch.tokens[:, :120], batch.prefix_mask, batch.caption, batch.null_caption)
     alignment = Aligned(hidden_size=64, feature_size=8, layer=layer)
     features = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    losses = compute_losses(model, make_batch(prefix, gold["idx"], features=features), alignment)
+    losses = compute_losses(model, make_batch(prefix, gold["idx"], features={"teacher": features}), alignment)
     torch.testing.assert_close(alignment.seen, gold["hidden"][layer][:, -16:], atol=2e-4, rtol=1e-5)
     assert losses.gva is not None
     cosine = torch.cosine_similarity(alignment.projector(alignment.seen), features[:, None], dim=2)

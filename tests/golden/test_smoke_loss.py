@@ -32,7 +32,7 @@ def synthetic_batches() -> Batches:
     angle = kinds[:, None] * torch.arange(1, 9)[None] * 0.7
     return Batches(
         conditions=TextConditions([[[2 + row % 5, 7 + row // 5]] for row in range(RECORDS)], 4, dropout=0.1),
-        pictures=InMemory(codes, torch.cat([angle.cos(), angle.sin()], 1) + 0.5),
+        pictures=InMemory(codes, {"teacher": torch.cat([angle.cos(), angle.sin()], 1) + 0.5}),
         batch_size=8,
         seed=0,
     )

@@ -41,7 +41,7 @@ def batch_of(prompts: list[list[int]], *, seed: int = 0, prefix_length: int = 7)
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, CODES, (len(prompts), math.prod(GRID)), generator=generator)
     features = torch.randn(len(prompts), FEATURE, generator=generator)
-    return text_batch(prompts, codes, prefix_length=prefix_length, features=features)
+    return text_batch(prompts, codes, prefix_length=prefix_length, features={"teacher": features})
 
 
 def aligning(layer: int = 1, **changes: Any) -> Alignment:
@@ -102,15 +102,17 @@ def test_the_aligned_states_are_exactly_those_that_predict_the_codes(prefix_leng
     predicting = batch.predicting
     assert predicting.sum(1).tolist() == [math.prod(GRID)] * len(PROMPTS)
     hidden = torch.randn(*predicting.shape, WIDTH, generator=torch.Generator().manual_seed(5))
-    base = alignment(hidden, batch.features, predicting)
+    base = alignment(hidden, batch.features["teacher"], predicting)
     for row in range(len(PROMPTS)):
         for position in range(predicting.shape[1]):
             moved = hidden.clone()
             moved[row, position] = torch.randn(WIDTH, generator=torch.Generator().manual_seed(position))
-            changed = bool(alignment(moved, batch.features, predicting) != base)
+            changed = bool(alignment(moved, batch.features["teacher"], predicting) != base)
             assert changed == (position >= prefix_length - 1) == predicting[row, position]
     chosen = alignment.projector(hidden[:, prefix_length - 1 :])
-    assert base.item() == pytest.approx(plain_loss(chosen, batch.features, torch.ones(chosen.shape[:2])), abs=1e-5)
+    assert base.item() == pytest.approx(
+        plain_loss(chosen, batch.features["teacher"], torch.ones(chosen.shape[:2])), abs=1e-5
+    )
 
 
 def loss_of(model: Decoder, alignment: Alignment, batch: TrainBatch) -> Tensor:
@@ -127,12 +129,14 @@ def test_padding_and_batch_mates_change_no_images_loss(layer: int) -> None:
     codes = batch.tokens[:, 7:]
     alone = []
     for row, ids in enumerate(PROMPTS):
-        single = text_batch([ids], codes[row : row + 1], prefix_length=7, features=batch.features[row : row + 1])
+        single = text_batch(
+            [ids], codes[row : row + 1], prefix_length=7, features={"teacher": batch.features["teacher"][row : row + 1]}
+        )
         alone.append(loss_of(model, alignment, single))
         output = model(single.tokens[:, :-1], prefix_mask=single.prefix_mask, capture=(layer,))
         wanted = plain_loss(
             alignment.projector(output.captured[layer]),
-            alignment.space(batch.features[row : row + 1]),
+            alignment.space(batch.features["teacher"][row : row + 1]),
             single.predicting,
         )
         assert alone[-1].item() == pytest.approx(wanted, abs=1e-5)
@@ -167,7 +171,7 @@ def test_the_gradient_reaches_blocks_up_to_the_layer_and_none_above(layer: int) 
 def test_features_get_no_gradient() -> None:
     batch = batch_of(PROMPTS)
     assert batch.features is not None
-    features = batch.features.requires_grad_()
+    features = batch.features["teacher"].requires_grad_()
     hidden = torch.randn(*batch.predicting.shape, WIDTH)
     space = TargetSpace.fit(torch.randn(20, FEATURE), components=4)
     loss = aligning(space=space)(hidden.requires_grad_(), features, batch.predicting)
@@ -234,11 +238,11 @@ def test_the_projector_is_two_layers() -> None:
         "second.weight": (6, 20),
         "second.bias": (6,),
     }
-    assert Projector(WIDTH, 6).first.out_features == 6
-    hidden = torch.randn(3, WIDTH)
-    inner = hidden @ projector.first.weight.T + projector.first.bias
+    assert Projector(WIDTH, 6).state_dict()["first.weight"].shape == (6, WIDTH)
+    hidden, values = torch.randn(3, WIDTH), projector.state_dict()
+    inner = hidden @ values["first.weight"].T + values["first.bias"]
     inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
-    torch.testing.assert_close(projector(hidden), inner @ projector.second.weight.T + projector.second.bias)
+    torch.testing.assert_close(projector(hidden), inner @ values["second.weight"].T + values["second.bias"])
 
 
 FEATURES = torch.randn(200, FEATURE, generator=torch.Generator().manual_seed(0)) @ torch.diag(
@@ -293,13 +297,15 @@ def test_axes_have_a_sign() -> None:
 
 
 def test_alignment_from_settings() -> None:
-    alignment = build_alignment(AlignSettings(components=4, layer=2, weight=0.5), FEATURES, hidden_size=WIDTH, seed=1)
+    alignment = build_alignment(
+        AlignSettings(components=4, layer=2, weight=0.5), {"teacher": FEATURES}, hidden_size=WIDTH, seed=1
+    )["main"]
     assert (alignment.layer, alignment.weight, alignment.space.size) == (2, 0.5, 4)
-    assert alignment.projector.first.in_features == WIDTH
+    assert alignment.projector.state_dict()["first.weight"].shape == (4, WIDTH)
     fitted = TargetSpace.fit(FEATURES, components=4)
     assert torch.equal(alignment.space(FEATURES), fitted(FEATURES))
     with pytest.raises(ArraError, match=r"align\.components: 11 of 10 feature dimensions; lower it"):
-        build_alignment(AlignSettings(components=11), FEATURES, hidden_size=WIDTH, seed=1)
+        build_alignment(AlignSettings(components=11), {"teacher": FEATURES}, hidden_size=WIDTH, seed=1)
     assert arra.Alignment is Alignment
 
 
@@ -366,12 +372,13 @@ def test_z_loss_of_the_released_code(case: str, released: dict[str, Tensor]) -> 
 def test_the_target_chooses_the_states() -> None:
     model, batch = tiny().eval(), batch_of(PROMPTS)
     assert batch.features is not None
-    assert batch.holding.sum(1).tolist() == [math.prod(GRID) - 1] * len(PROMPTS)  # the last code is not fed
+    holding = batch.code_mask[:, :-1]
+    assert holding.sum(1).tolist() == [math.prod(GRID) - 1] * len(PROMPTS)  # the last code is not fed
     found = {}
-    for target, positions in (("hybnext", batch.predicting), ("at", batch.holding)):
-        alignment = Alignment(hidden_size=WIDTH, feature_size=batch.features.shape[1], layer=1, target=target)  # type: ignore[arg-type]
+    for target, positions in (("hybnext", batch.predicting), ("at", holding)):
+        alignment = Alignment(hidden_size=WIDTH, feature_size=FEATURE, layer=1, target=target)  # type: ignore[arg-type]
         hidden = model(batch.tokens[:, :-1], prefix_mask=batch.prefix_mask, capture=(1,)).captured[1]
-        wanted = plain_loss(alignment.projector(hidden), alignment.space(batch.features), positions)
+        wanted = plain_loss(alignment.projector(hidden), alignment.space(batch.features["teacher"]), positions)
         found[target] = loss_of(model, alignment, batch).item()
         assert found[target] == pytest.approx(wanted, abs=1e-5)
     assert found["at"] != found["hybnext"]

@@ -45,7 +45,7 @@ def make_trainer(path: Path, kind: str, align: AlignSettings | None, **changes: 
     model = Decoder(DecoderSettings(**fields))
     generator = torch.Generator().manual_seed(7)
     codes = torch.randint(0, 16, (RECORDS, 6), generator=generator)
-    features = torch.randn(RECORDS, 8, generator=generator)
+    features = {"teacher": torch.randn(RECORDS, 8, generator=generator)}
     settings = {"steps": 8, "batch_size": 6, "warmup_steps": 0, "schedule": "constant", "checkpoint_every_steps": 3}
     settings |= {"validate_every_steps": 4, "log_every_steps": 1, "seed": 1, "device": "cpu"}
     return Trainer(
@@ -88,7 +88,7 @@ def test_the_saved_model_is_a_decoder_and_no_more(kind: str, tmp_path: Path) -> 
     assert isinstance(trainer.model, Decoder)
     assert set(saved) == set(Decoder(trainer.model.settings).state_dict())
     kept = safetensors.torch.load_file(next((tmp_path / "run" / "checkpoints").glob("*8.safetensors")))
-    assert any(name.startswith("align.projector") for name in kept)
+    assert any(name.startswith("align.terms.main.projector") for name in kept)
     again = load_decoder(tmp_path / "run")
     assert different(trainer.model.state_dict(), again.state_dict()) == []
     assert again.settings == trainer.model.settings

@@ -45,7 +45,8 @@ def chance(seed: int) -> torch.Generator:
 def written_batch(prompts: list[list[int] | None], *, seed: int = 0, features: bool = True) -> TrainBatch:
     codes = torch.randint(CODES, (len(prompts), *GRID), generator=chance(seed)).numpy()
     rows = [layout().sequence(ids, each) for ids, each in zip(prompts, codes, strict=True)]
-    return padded_batch(rows, features=torch.randn(len(prompts), WIDTH, generator=chance(seed)) if features else None)
+    drawn = {"teacher": torch.randn(len(prompts), WIDTH, generator=chance(seed))}
+    return padded_batch(rows, features=drawn if features else None)
 
 
 PROMPTS = [[5, 6, 7], None, [8], [9, 10, 11, 12, 13, 14]]
@@ -54,7 +55,7 @@ ALIGN = AlignSettings(layer=1, components=3)
 
 def alignment_of(settings: AlignSettings = ALIGN) -> Any:
     features = torch.randn(30, WIDTH, generator=chance(9))
-    return build_alignment(settings, features, hidden_size=32, seed=1)
+    return build_alignment(settings, {"teacher": features}, hidden_size=32, seed=1)
 
 
 @given(
@@ -77,7 +78,7 @@ def test_aligned_are_exactly_the_predictors_of_the_codes(
     ids = layout().code_ids()
     followed_by_code = torch.isin(batch.tokens[:, 1:], ids)
     assert torch.equal(batch.predicting, followed_by_code)
-    assert torch.equal(batch.holding, torch.isin(batch.tokens[:, :-1], ids))
+    assert torch.equal(batch.code_mask, torch.isin(batch.tokens, ids))
     counts = [height * width for height, width in grids[: len(lengths)]] + [0] * text
     assert batch.predicting.sum(1).tolist() == counts
     assert (batch.labelled | ~batch.predicting).all()
@@ -91,7 +92,7 @@ def test_labels_are_the_pictures_turn_and_text_rows_are_all_learnt() -> None:
     assert (batch.labels != NOTHING).sum(1).tolist() == [turn, turn, turn, turn, 5]
     assert batch.labelled.sum(1).tolist() == [turn, turn - 1, turn, turn, 5]
     assert batch.features is not None
-    assert not batch.features[-1].any()
+    assert not batch.features["teacher"][-1].any()
 
 
 @pytest.mark.parametrize("family", ["llama", "smollm", "gemma2", "gpt2"])
@@ -99,7 +100,7 @@ def test_company_changes_no_pictures_losses(family: str) -> None:
     """The terms of a batch, and all gradients, are the means over its rows taken one by one."""
     model, align = painter(family).eval(), alignment_of()
     batch = joined(written_batch(PROMPTS), TextRows(torch.arange(9)[None] + 3).batch(torch.tensor([0])))
-    counts = {"num_tokens": int(batch.labelled.sum()), "num_images": 4}
+    counts: dict[str, Any] = {"num_tokens": int(batch.labelled.sum()), "num_images": 4}
     whole = compute_losses(model, batch, align, z_weight=0.1)
     whole.total.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -140,7 +141,7 @@ def test_alignments_gradient_reaches_its_layer_and_none_above(layer: int) -> Non
 def make_batches(*, features: bool, dropout: float = 0.25, text_rows: int = 0) -> Batches | MixedBatches:
     prompts = [[[3 + row % 7] * (1 + row % 5)] for row in range(RECORDS)]
     codes = torch.randint(CODES, (RECORDS, 6), generator=chance(3))
-    stored = torch.randn(RECORDS, WIDTH, generator=chance(4)) if features else None
+    stored = {"teacher": torch.randn(RECORDS, WIDTH, generator=chance(4))} if features else None
     batches = Batches(
         conditions=PromptConditions((prompts,), (GRID,), dropout=dropout),
         pictures=InMemory(codes, stored),
@@ -202,6 +203,24 @@ def test_micro_batches_are_the_whole_batch(size: int, tmp_path: Path) -> None:
     for name in ("total", "ntp", "z", "gva"):
         for other in losses[1:]:
             torch.testing.assert_close(getattr(other, name), getattr(losses[0], name), atol=1e-5, rtol=1e-5)
+    for name, parameter in parts.parameters.items():
+        torch.testing.assert_close(parameter.grad, whole.parameters[name].grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["cosine", "nt-xent", "relational"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_rows_of_text_are_no_candidates_and_upset_no_balance(size: int, loss: Any, tmp_path: Path) -> None:
+    """Whether a part has pictures or not: the contrast is with the batch's pictures, the balance over all parts."""
+    settings = AlignSettings(layer=1, loss=loss, balance=0.5, components=3)
+    whole, parts, pictures = (
+        make_trainer(tmp_path / name, settings, text_rows=rows, micro_batch_size=each)
+        for name, each, rows in (("whole", None, 3), ("parts", size, 3), ("pictures", None, 0))
+    )
+    found = [trainer.accumulate(trainer.batches.batch(0)).gva for trainer in (whole, parts, pictures)]
+    assert found[0] is not None
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-5, rtol=1e-5)
+    assert parts.balances()["main"].factor == pytest.approx(whole.balances()["main"].factor, rel=1e-3)
     for name, parameter in parts.parameters.items():
         torch.testing.assert_close(parameter.grad, whole.parameters[name].grad, atol=1e-5, rtol=1e-4)
 

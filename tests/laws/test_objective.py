@@ -1,7 +1,7 @@
 """Laws of the objective: it is the plain formula, and the same however a batch is cut, padded or mixed."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from arra.data.conditions import Prefix
 from arra.data.language import padded_batch
 from arra.data.layout import ImageLayout, Written
 from arra.models import CausalLM, Painter
+from arra.train.loop import on_each_part
 from arra.train.objective import Losses, compute_losses
 from tests.models.toy_lms import toy_lm
 from tests.models.toys import toy_decoder
@@ -45,7 +46,7 @@ def mixed_batch() -> TrainBatch:
         else:
             codes = torch.randint(16, grid, generator=generator).numpy()
             written.append(LAYOUT.sequence(ids[:number].tolist(), codes))
-    return padded_batch(written, features=torch.randn(len(written), 8, generator=generator))
+    return padded_batch(written, features={"teacher": torch.randn(len(written), 8, generator=generator)})
 
 
 def aligning(weight: float = 0.5, hidden_size: int = 32) -> Alignment:
@@ -53,8 +54,7 @@ def aligning(weight: float = 0.5, hidden_size: int = 32) -> Alignment:
 
 
 def rows_of(batch: TrainBatch, rows: Sequence[int]) -> TrainBatch:
-    parts = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(batch, **{name: part[list(rows)] for name, part in parts.items() if part is not None})
+    return on_each_part(batch, lambda part: part[list(rows)])
 
 
 def cropped(batch: TrainBatch) -> TrainBatch:
@@ -100,7 +100,9 @@ def test_it_is_the_plain_formula(family: str) -> None:
     for row, grid in enumerate(GRIDS):
         if grid is not None:
             states = output.hidden_states[1][row, :-1][batch.code_mask[row, 1:]]
-            images.append(1 - F.cosine_similarity(alignment.projector(states), batch.features[row], dim=1).mean())
+            images.append(
+                1 - F.cosine_similarity(alignment.projector(states), batch.features["teacher"][row], dim=1).mean()
+            )
     gva = torch.stack(images).mean()
     total = ntp + Z_WEIGHT * z + 0.5 * gva
     close(numbers([ours]), [total, ntp, z, gva])

@@ -59,7 +59,7 @@ def make_batches(batch_size: int = 6, features: Tensor | None = None) -> Batches
     captions = [[[2 + row], [3, 2 + row]] for row in range(RECORDS)]
     return Batches(
         conditions=TextConditions(captions, 5, dropout=0.2, alternative_share=0.3),
-        pictures=InMemory(torch.randint(0, 16, (RECORDS, 6), generator=generator), features),
+        pictures=InMemory(torch.randint(0, 16, (RECORDS, 6), generator=generator), {"teacher": features}),
         batch_size=batch_size,
         seed=1,
     )
@@ -351,7 +351,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(micro: int | None, tm
     before = {name: value.clone() for name, value in before.items()}
     features = held(trainer.batches).features
     assert features is not None
-    features[:] = math.inf
+    features["teacher"][:] = math.inf
     with pytest.raises(FloatingPointError, match=r"step 3: loss nan, gradient norm"):
         trainer.train_step()
     assert trainer.step == 3

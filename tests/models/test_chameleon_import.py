@@ -192,6 +192,20 @@ def test_export_to_lumina_gives_the_sources_tensors(rows: int, tmp_path: Path) -
     assert (tmp_path / "lumina" / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
 
 
+def test_export_of_a_model_with_the_rep_token(tmp_path: Path) -> None:
+    """Lumina's code would not write it; to `transformers` everybody says what to write."""
+    import_weights(lumina(tmp_path / "in"), tmp_path / "out", **ASKED)
+    card = json.loads((tmp_path / "out" / "model.json").read_text())
+    layout = card["settings"]["layout"]
+    assert layout["rep"] is layout["rep_id"] is None  # this vocabulary lacks <reserved08795>
+    layout["rep"] = opened(tmp_path / "out").config.vocab_size - 1
+    (tmp_path / "out" / "model.json").write_text(json.dumps(card))
+    with pytest.raises(ArraError, match=r"out: was trained with the REP token .* Lumina-mGPT's code does not write"):
+        export_weights(tmp_path / "out", tmp_path / "lumina", to="lumina")
+    assert not (tmp_path / "lumina").exists()
+    assert export_weights(tmp_path / "out", tmp_path / "hf", to="hf").path.is_dir()
+
+
 def test_export_to_hugging_face(tmp_path: Path) -> None:
     from transformers import ChameleonForConditionalGeneration
 

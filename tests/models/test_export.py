@@ -116,6 +116,7 @@ def test_half_precision_is_kept_unless_told(tmp_path: Path) -> None:
     [
         ({"condition": "text", "text_vocab_size": 9, "prefix_length": 5}, ["text tokens", "prefix_rotary"]),
         ({"grid": (2, 3)}, ["2 x 3"]),
+        ({"rep_token": True, "prefix_length": 2}, ["trained with the REP token before the codes"]),
         ({"num_kv_heads": 2}, ["2 key-value heads for 4"]),
         ({"ffn_hidden_size": 48, **CAPTION, "prefix_length": 7}, ["feed-forward of 48", "7 caption positions"]),
     ],

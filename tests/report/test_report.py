@@ -213,6 +213,41 @@ def test_a_report_of_one_run_without_anything_else_works(tmp_path: Path) -> None
     assert "Pictures" not in page
 
 
+def test_further_terms_their_weights_and_what_was_watched_are_drawn(tmp_path: Path) -> None:
+    train = [
+        {"kind": "train", "step": step, "ntp_loss": 2.0, "gva_loss": 0.9, "gva_loss.fine": 0.8, "align_weight": 0.1}
+        for step in (1, 2)
+    ]
+    by_layer = {"cka": 0.1, "linear_cosine": 0.2, "probe_cosine": 0.3, "gradient_cosine": -0.1, "positions": {}}
+    watch = [
+        {"kind": "watch", "step": 2, "encoder": "teacher", "layer": layer, "images": 16, **by_layer}
+        for layer in range(3)
+    ]
+    told = {"kind": "watch", "step": 2, "encoder": "teacher", "distance": 0.9}
+    watch += [
+        {**told, "term": "main", "layer": 1, "loss": "cosine", "cosine": 0.1, "positions": {"cosine": [0.1, 0.2]}},
+        {**told, "term": "fine", "layer": 1, "loss": "mse", "positions": {"distance": [0.9, 0.8]}},
+        {**told, "term": "window", "layer": 1, "loss": "mse", "positions": {}},
+        {"kind": "watch", "step": 2, "encoder": "teacher", "term": "main", "layer": 0, "gradient_cosine": 0.1},
+    ]
+    runs = [RunView(label="aligned", rows=[*train, *watch]), RunView(label="baseline", rows=train[:0])]
+    parser = Tags()
+    parser.feed(build_report(tmp_path, title="One", runs=runs).read_text(encoding="utf-8"))
+    drawn = [attributes["alt"] for tag, attributes in parser.tags if tag == "img"]
+    assert drawn == [
+        "Training loss, next token (running mean)",
+        "Training loss, alignment (running mean)",
+        "Training loss, alignment 'fine' (running mean)",
+        "Weight of the alignment",
+        "CKA of states and 'teacher', by layer",
+        "Linear projector to 'teacher', cosine",
+        "Probe of 'teacher', cosine",
+        "Angle of the two gradients, 'teacher'",
+        "Trained term 'main', cosine by position",
+        "Trained term 'fine', distance by position",
+    ]
+
+
 def test_runs_of_other_prompts_are_refused(tmp_path: Path) -> None:
     other = dataclasses.replace(samples(value=1), prompts=("a", "b"))
     with pytest.raises(ArraError, match="'aligned': its composed samples are of other prompts"):

@@ -120,6 +120,25 @@ def test_without_rows_neither_sides_nor_rows_are_written(llm: Path, tmp_path: Pa
     assert json.loads((done.path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_rep_token_is_known_and_not_written(llm: Path, made: Path, tmp_path: Path, run_arra: Any) -> None:
+    """It begins like the other signs, no prompt becomes it, and it stands in pictures only where a recipe says so."""
+    out = tmp_path / "rep"
+    answer = run_arra("init", out, "--llm", llm, "--tokenizer", TOKENIZER, "--image-size", 32, "--rep-token")
+    assert answer.code == 0, answer
+    assert "rep token   id 303, for align.target: rep" in answer.out
+    model = opened(out)
+    assert (model.layout.rep, model.layout.rep_id) == (None, 303)
+    assert (opened(made).layout.rep, opened(made).layout.rep_id) == (None, None)
+    assert model.layout.prefix([5], (8, 8)) == [5, 300, 311, 311]
+    assert model.layout.code_ids().tolist() == list(range(368, 368 + NUM_CODES))
+    assert model.text_tokenizer is not None
+    assert max(model.text_tokenizer.encode("a<|image_rep|>b")) < 300
+    for table in (model.lm.get_input_embeddings().weight, model.lm.get_output_embeddings().weight):  # type: ignore[operator]
+        assert 0.3 < float((table[303].std() / table[302].std()).detach()) < 3
+    written = model.layout.model_copy(update={"rep": model.layout.rep_id})
+    assert written.prefix([5], (8, 8)) == [5, 303, 300, 311, 311]
+
+
 def test_what_the_lm_puts_before_a_text_stays_before_it(made: Path, tmp_path: Path) -> None:
     folder = save_toy_lm(tmp_path / "gemma", "gemma2")
     words = toy_words()

@@ -288,7 +288,11 @@ def test_captions_from_pictures_to_the_report(tmp_path: Path, run_arra: Callable
         "data.store_pixels=null",
         f"text_encoder={{name: flan-t5-small, weights: {encoder}, short: true, clean: true}}",
     ]
-    own += ["caption_judge={steps: 2, batch_size: 8}", "train.alternative_share=0.5"]
+    own += [
+        "caption_judge={steps: 2, batch_size: 8}",
+        "train.alternative_share=0.5",
+        "encoder.teacher=efficientnet-lite0",
+    ]
     shop = Workshop(tmp_path, run_arra, (*own, *TOY), "llamagen_t2i")
     store = tmp_path / "store"
     shop.done("prepare", "llamagen_t2i", "--row", "arra-base-xl", "--store", store, "--workers", 0, with_settings=True)

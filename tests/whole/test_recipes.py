@@ -79,6 +79,6 @@ def test_every_documented_command_parses(document: str, command: str):
 def test_documented_commands_are_found():
     found = {command.split()[0] for _, command in DOCUMENTED}
     assert found == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    assert {f"docs/{name}.md" for name in ("data", "guide", "language_models", "llamagen", "tokenizers", "weights")} | {
-        "README.md"
-    } <= {document for document, _ in DOCUMENTED}
+    names = ["alignment", "alignment_lab", "data", "encoders", "guide", "language_models", "llamagen", "probe"]
+    names += ["tokenizers", "weights"]
+    assert {*(f"docs/{name}.md" for name in names), "README.md"} <= {document for document, _ in DOCUMENTED}
