@@ -519,7 +519,7 @@ def probe(
     suggest: Annotated[bool, typer.Option("--suggest", help="Propose align.layer and align.weight.")] = False,
     share: Annotated[
         float, typer.Option("--share", min=0.001, help="Of the next-token gradient, for the proposed weight.")
-    ] = 0.5,
+    ] = 0.125,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; default: RUN/probe.")] = None,
     tokenizer_weights: TokenizerWeightsOption = None,
     threads: ThreadsOption = None,

@@ -41,9 +41,9 @@ from arra.train.alignment import Alignments, build_alignment
 from arra.train.watch import Measured, count_layers
 
 RESULT_FILE = "probe.json"
-SHARE = 0.5
+SHARE = 0.125
 """What the proposed weight makes of the alignment's gradient: this share of the next-token gradient's norm, where both
-enter the states of the layer. Below 1 the next token keeps the lead."""
+enter the states of the layer. Below 1 the next token keeps the lead; a half cost likelihood where it was tried."""
 NEAR_BEST = 0.9
 """A layer counts as good as the best one where it is read this well beside it, or is within a standard error."""
 

@@ -15,7 +15,7 @@ import yaml
 from arra.config import load_recipe
 from arra.errors import ArraError
 from arra.stages.paint import load_run
-from arra.stages.probe import SHARE, parse_layers, probe, suggested
+from arra.stages.probe import parse_layers, probe, suggested
 from arra.stages.watch import classes_of, halves, open_watcher
 from arra.train.watch import Measured
 from tests.models.toy_lms import save_toy_lm
@@ -141,7 +141,7 @@ def test_the_lowest_of_the_best_layers_is_proposed(
 ) -> None:
     recipe = load_recipe("demo", row="baseline")
     choice = recipe.encoder.choice("teacher")
-    found = suggested(imagined(readable, noise=noise), "teacher", choice, recipe, 4, SHARE)
+    found = suggested(imagined(readable, noise=noise), "teacher", choice, recipe, 4, 0.5)
     assert (found.layer, found.is_clear) == (layer, clear)
     assert found.weight == 2.0
     assert any("oppose" in reason for reason in found.reasons)
