@@ -13,7 +13,7 @@ Source: ARRA (arXiv 2503.07334), equations 3 to 5 and section 3.3.
 """
 
 from arra.align.alignment import Alignment, Alignments
-from arra.align.losses import Loss, cosine_loss
+from arra.align.losses import Loss
 from arra.align.positions import Target
 from arra.align.projector import Projector, ProjectorKind
 from arra.align.schedule import Balance, WeightSchedule
@@ -29,6 +29,5 @@ __all__ = [
     "Target",
     "TargetSpace",
     "WeightSchedule",
-    "cosine_loss",
     "spatially_normalized",
 ]

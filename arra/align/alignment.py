@@ -105,6 +105,7 @@ class Alignment(nn.Module):
 
         Features get no gradient. `grid` is needed by what knows where a position lies: target "patch" and the
         convolution. `candidates` are the features of the whole batch, of which this may be a part; None takes these.
+        Source: the released ARRA code averages in this order.
         """
         each, image = self._each(hidden, features, positions, grid, candidates)
         per_image = image_means(each, image, self._shares(image), len(positions))

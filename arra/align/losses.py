@@ -68,16 +68,3 @@ def image_means(
     """Every image's mean over its positions, weighed by their shares; 0 for one that has none."""
     sums, weights = (each.new_zeros(num_images).index_add(0, image, x.to(each.dtype)) for x in (each * shares, shares))
     return sums / weights.clamp(min=torch.finfo(each.dtype).tiny)
-
-
-def cosine_loss(
-    projected: Float[Tensor, "B T G"], target: Float[Tensor, "B G"], positions: Bool[Tensor, "B T"]
-) -> Float[Tensor, ""]:
-    """1 - cosine, mean over each image's positions, then over images that have any: in [0, 2], free of either's scale.
-
-    Source: the released ARRA code normalises both sides and averages in this order.
-    """
-    image = positions.nonzero()[:, 0]
-    each = distances(projected[positions], target[image])
-    per_image = image_means(each, image, torch.ones_like(each), len(positions))
-    return per_image.sum() / positions.any(1).sum().clamp(min=1)

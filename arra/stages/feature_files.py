@@ -32,7 +32,7 @@ from arra.encoders import SPECS, EncoderChoice
 from arra.errors import ArraError
 from arra.models.weights import DAMAGE
 from arra.stages.imports import import_column
-from arra.stages.makers import IMPORTED, features_name, known_size, require_one_variant
+from arra.stages.makers import IMPORTED, known_size, require_one_variant
 from arra.stages.process import Progress
 
 SUFFIX, LAYOUT_FOLDER = "_visual_feature.pt", "visual_features"
@@ -63,7 +63,7 @@ def import_feature_files(
         ArraError: the folder has no such files, or none of the store's records; the encoder's choice or the recipe's
             crop asks for more than a vector of each picture; the store's column was made otherwise.
     """
-    name = features_name(choice)
+    name = choice.column
     output = _require_whole_pictures(choice)
     require_one_variant(recipe, name)
     files = FeatureFiles.find(folder)

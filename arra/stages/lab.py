@@ -43,7 +43,7 @@ from arra.report.lab_page import (
 )
 from arra.runs import Run, atomic_write, writing
 from arra.stages.evaluate import SAME_FAMILY, current_evaluation, held_out_splits, prepare_caption_judge
-from arra.stages.makers import FeaturesMaker, build_makers, crop_of, features_name, used_choices, views_of
+from arra.stages.makers import FeaturesMaker, build_makers, crop_of, used_choices, views_of
 from arra.stages.origin import columns_of, noted
 from arra.stages.paint import load_run
 from arra.stages.pictures import require_columns, tokenizer_if_given
@@ -290,7 +290,7 @@ def teacher_flops(recipe: Recipe, store: Store) -> int | None:
     costs: dict[tuple[Any, ...], int] = {}
     for choice in used_choices(recipe).values():
         try:
-            (maker,) = build_makers(recipe, [features_name(choice)], None, device=torch.device("cpu"), batch_size=1)
+            (maker,) = build_makers(recipe, [choice.column], None, device=torch.device("cpu"), batch_size=1)
         except ArraError:  # features that were made elsewhere
             return None
         assert isinstance(maker, FeaturesMaker)

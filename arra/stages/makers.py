@@ -246,11 +246,6 @@ def center_variant(recipe: Recipe) -> int:
     return 4 if recipe.data.crop.kind == "ten_crop" else 0
 
 
-def features_name(choice: EncoderChoice) -> str:
-    """The column of an encoder's features."""
-    return choice.column
-
-
 def feature_choices(recipe: Recipe) -> dict[str, EncoderChoice]:
     """The encoders whose features preparation makes, by their names in the recipe: every teacher, used or not.
 
@@ -427,8 +422,8 @@ def picture_columns(
         if tokenizer is not None:
             wanted[CODES] = codes_made_by(recipe, tokenizer)
         for choice in feature_choices(recipe).values():
-            if is_named(features_name(choice), only):
-                wanted[features_name(choice)] = teacher_made_by(recipe, choice, store)
+            if is_named(choice.column, only):
+                wanted[choice.column] = teacher_made_by(recipe, choice, store)
     return {name: made_by for name, made_by in wanted.items() if is_named(name, only)}
 
 
@@ -443,7 +438,7 @@ def build_makers(
     """
     makers: list[Maker] = []
     crop = crop_of(recipe)
-    choices = {features_name(choice): choice for choice in feature_choices(recipe).values()}
+    choices = {choice.column: choice for choice in feature_choices(recipe).values()}
     opened: dict[tuple[str, str | None, int | None], Encoder] = {}
     for name in names:
         if name == PICTURES:

@@ -15,7 +15,7 @@ from arra.data.remote import open_store, remote_text
 from arra.data.store import Store
 from arra.errors import ArraError
 from arra.runs import atomic_write
-from arra.stages.makers import caption_features_name, features_name, used_choices
+from arra.stages.makers import caption_features_name, used_choices
 
 STORE_FILE = "store.json"
 
@@ -25,7 +25,7 @@ def columns_of(recipe: Recipe) -> list[str]:
     told = _told(recipe)
     if recipe.data.mode == "online":
         return ["pictures", *told]
-    features = dict.fromkeys(features_name(choice) for choice in used_choices(recipe).values())
+    features = dict.fromkeys(choice.column for choice in used_choices(recipe).values())
     return ["codes", *features, *told]
 
 

@@ -40,7 +40,7 @@ from arra.stages.caption_features import (
 )
 from arra.stages.feature_files import import_feature_files
 from arra.stages.imports import brought_caption_columns, import_caption_features, import_codes
-from arra.stages.makers import CODES, feature_choices, features_name, is_named, picture_columns
+from arra.stages.makers import CODES, feature_choices, is_named, picture_columns
 from arra.stages.passes import Pass, PassPlan, ShardDone
 from arra.stages.preparation import Preparation
 from arra.stages.process import Progress, silent
@@ -225,14 +225,14 @@ def _import_features(
     Raises:
         ArraError: `only` names no one column, or the store has it otherwise made.
     """
-    meant = {name: each for name, each in feature_choices(recipe).items() if is_named(features_name(each), only)}
+    meant = {name: each for name, each in feature_choices(recipe).items() if is_named(each.column, only)}
     named = list(meant.values())
-    if len({features_name(each) for each in named}) != 1:
+    if len({each.column for each in named}) != 1:
         raise ArraError(
             f"--from {folder}: its features are of one encoder, and several of the recipe are meant: "
             f"{', '.join(meant)}; say by one of these names whose they are (--encoder)"
         )
-    own, name = options.own_shards(store), features_name(named[0])
+    own, name = options.own_shards(store), named[0].column
     entry = store.entry(name)
     found.already = 0 if entry is None else len(store) - entry.failed
     writer = import_feature_files(
@@ -269,7 +269,7 @@ def asked_features(recipe: Recipe, encoder: str | None) -> tuple[Recipe, tuple[s
         found = [EncoderChoice(name=encoder)]
         others = {**recipe.encoder.others, "extracted": found[0]}
         recipe = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"others": others})})
-    return recipe, tuple(features_name(choice) for choice in found)
+    return recipe, tuple(choice.column for choice in found)
 
 
 def _make(

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import arra
-from arra.align import Alignment, Projector, TargetSpace, cosine_loss
+from arra.align import Alignment, Projector, TargetSpace
+from arra.align.losses import distances, image_means
 from arra.data.batches import TrainBatch, text_batch
 from arra.errors import ArraError
 from arra.models import Decoder, DecoderSettings
@@ -46,6 +47,14 @@ def batch_of(prompts: list[list[int]], *, seed: int = 0, prefix_length: int = 7)
 
 def aligning(layer: int = 1, **changes: Any) -> Alignment:
     return Alignment(**{"hidden_size": WIDTH, "feature_size": FEATURE, "layer": layer, "seed": 3, **changes})
+
+
+def cosine_loss(projected: Tensor, target: Tensor, positions: Tensor) -> Tensor:
+    """What an alignment without projector makes of its parts: images first, then their mean."""
+    image = positions.nonzero()[:, 0]
+    each = distances(projected[positions], target[image])
+    per_image = image_means(each, image, torch.ones_like(each), len(positions))
+    return per_image.sum() / positions.any(1).sum().clamp(min=1)
 
 
 PROMPTS = [[], [5, 6], [7, 8, 9, 10, 11, 12], [5]]
