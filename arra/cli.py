@@ -4,8 +4,11 @@ Heavy imports happen inside the commands, so that `arra --help` answers at once.
 """
 
 import inspect
+import os
 import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +16,12 @@ import typer
 
 from arra.errors import ArraError
 from arra.runs import WRITE_ERRORS
+from arra.stages.process import is_first_process
 from arra.train.interrupt import TrainingInterrupted
 
 INTERRUPTED = "interrupted; run the same command again to continue"
+SECONDS_FOR_THE_FIRST = 2.0
+"""In which torchrun notices that the first process has left and ends the others."""
 
 app = typer.Typer(
     name="arra",
@@ -337,6 +343,8 @@ def train(
     """Train one model; the same command resumes it.
 
     Example: arra train demo --row aligned --store runs/store --set train.steps=200
+
+    On several devices or machines torchrun starts it: torchrun --nproc-per-node 8 -m arra train llamagen_c2i --row b
     """
     from arra.config import load_recipe
 
@@ -352,14 +360,16 @@ def train(
     from arra.stages.train import train as train_run
 
     leave_with_parent()
-    with Display(_console()) as display:
+    quiet = started_by_demo() or not is_first_process()
+    with nullcontext() if quiet else Display(_console()) as display:
         run = train_run(
             loaded,
             open_store(store),
             out or Path("runs") / (loaded.row or loaded.name),
-            progress=silent if started_by_demo() else display.row("train"),
+            progress=silent if display is None else display.row("train"),
         )
-    typer.echo(str(run.path))
+    if is_first_process():
+        typer.echo(str(run.path))
 
 
 @app.command()
@@ -558,11 +568,14 @@ def probe(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Evaluated runs; the first one's row is the baseline.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Evaluated runs; the first one's row is the baseline. Or one run as it is being trained."),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder for report.html.")] = Path("runs/report"),
     title: Annotated[str, typer.Option("--title", help="Title of the page.")] = "arra report",
 ) -> None:
-    """One HTML page that compares runs and works offline.
+    """One HTML page that compares runs and works offline; of one run that is not evaluated, its training so far.
 
     Example: arra report runs/demo/baseline runs/demo/aligned --out runs/report
     """
@@ -609,6 +622,31 @@ def lab(
     )
     done = run_lab(options, out, console=_console())
     raise typer.Exit(1 if done.failures else 0)
+
+
+@app.command()
+def checkpoint(
+    run: Annotated[Path, typer.Argument(help="A run, finished or not.")],
+    step: Annotated[str, typer.Option("--step", help="A step, newest, or best (lowest validation loss).")] = "newest",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write the model to; without it, list the checkpoints.")
+    ] = None,
+    average: Annotated[
+        bool, typer.Option("--average/--no-average", help="Take the averaged weights, where there are any.")
+    ] = True,
+) -> None:
+    """List a run's checkpoints, or make a model's folder from one; `arra generate` and `arra export` take it.
+
+    Example: arra checkpoint runs/aligned
+
+    Example: arra checkpoint runs/aligned --step best --out best
+    """
+    from arra.stages.checkpoint import checkpoint_table, model_of_checkpoint
+
+    if out is None:
+        _console().print(checkpoint_table(run))
+    else:
+        typer.echo(str(model_of_checkpoint(run, step, out, average=average)))
 
 
 @app.command(name="import")
@@ -769,6 +807,38 @@ def init(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    gpus: Annotated[
+        list[str],
+        typer.Option("--gpus", metavar="NxGIB", help="Devices: 4x48 (GiB each) or 8xh100; may be repeated."),
+    ],
+    row: RowOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="In place of a language model that is not there: chameleon-7b, chameleon-34b."),
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """What a training takes of every device's memory, how it is shared, what fits; nothing is read or started.
+
+    Ends with code 1 if it fits on none of the devices asked for.
+
+    Example: arra plan llamagen_c2i --row 3b --gpus 4x48 --gpus 8x80
+
+    Example: arra plan arra_mimic --row arra-adapt --gpus 4xa6000
+    """
+    from arra.config import load_recipe
+    from arra.stages.plan import parse_machine, report
+    from arra.stages.plan import plan as plan_training
+
+    machines = [parse_machine(written) for written in gpus]
+    found = plan_training(load_recipe(recipe, row=row, overrides=overrides or ()), machines=machines, stand_in=model)
+    _console().print(report(found), soft_wrap=True)
+    raise typer.Exit(0 if found.fits else 1)
+
+
+@app.command()
 def doctor() -> None:
     """What is here, what is missing, what to do.
 
@@ -818,5 +888,9 @@ def main() -> None:
 
 
 def _leave(line: str, code: int) -> None:
+    if not is_first_process():
+        # what all processes find, the first one tells, and torchrun ends this one; what only this one found, it tells
+        time.sleep(SECONDS_FOR_THE_FIRST)
+        line = f"process {os.environ['RANK']}: {line}"
     typer.echo(line, err=True)
     sys.exit(code)

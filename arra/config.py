@@ -11,7 +11,7 @@ import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError, model_validator
@@ -30,6 +30,7 @@ from arra.sample.logits import SamplingSettings
 from arra.settings import Settings
 from arra.tokenizers import EMBEDDED
 from arra.tokenizers.vq import VQSettings
+from arra.train.durations import needs_records, written_durations
 from arra.train.settings import AlignSettings, AlignTerm, DualTrainSettings, TokenizerTrainSettings, TrainSettings
 
 S = TypeVar("S", bound=Settings)
@@ -304,7 +305,7 @@ class ModelSection(Settings):
     ffn_dropout: float = Field(0.0, ge=0, lt=1)
     """After every feed-forward."""
     attn_dropout: float = Field(0.0, ge=0, lt=1)
-    """On attention weights."""
+    """On attention weights; unlike all other dropout it differs with ranks and micro-batches."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Chance that a picture skips the last block; it rises from 0 at the first one."""
     initializer_range: float = Field(0.02, gt=0)
@@ -404,8 +405,8 @@ class Recipe(Settings):
             )
         if self.train.word_dropout and self.model.llm is not None:
             raise ValueError("train.word_dropout: is the decoder's, a language model's prompts stay whole; use 0")
-        if self.train.precision != "float32" and self.model.llm is None:
-            raise ValueError("train.precision: bfloat16 is for language models (model.llm); leave it out")
+        if isinstance(self.train.ema_decay, tuple) and len(self.train.ema_decay) > 1 and self._has_adapters:
+            raise ValueError("train.ema_decay: several averages are of models that are trained whole; name one")
         width = self.model.hidden_size
         if width % self.model.num_heads or (width // self.model.num_heads) % 4:
             raise ValueError(
@@ -413,11 +414,40 @@ class Recipe(Settings):
             )
         return self
 
+    @property
+    def _has_adapters(self) -> bool:
+        return self.model.llm is not None and self.model.llm.train != "all"
+
     def align_terms(self) -> list[tuple[str, AlignTerm]]:
         """Every alignment term, with its key in the recipe; none without an alignment."""
         if self.align is None:
             return []
         return [("align", self.align), *((f"align.more.{name}", term) for name, term in self.align.more.items())]
+
+    @property
+    def in_epochs(self) -> dict[str, str]:
+        """By their keys, the durations that are steps only when it is known how many pictures there are."""
+        return {
+            f"{where}.{name}": written
+            for where, settings in [("train", self.train), *self.align_terms()]
+            for name, written in written_durations(settings)
+            if needs_records(written)
+        }
+
+    def resolved(self, records: int | None) -> "Recipe":
+        """The recipe with every duration of the training in steps; `records` are the pictures of an epoch.
+
+        Raises:
+            ArraError: a duration is in epochs, and `records` is None.
+        """
+        if records is None:
+            for key, written in self.in_epochs.items():
+                raise ArraError(f"{key}: '{written}' needs to know how many pictures there are; write steps or images")
+        train = self.train.resolved(records)
+        align = self.align
+        if align is not None:
+            align = align.resolved(batch_size=train.batch_size, records=records, steps=train.steps)
+        return self.model_copy(update={"train": train, "align": align})
 
     @property
     def has_rep(self) -> bool:
@@ -427,6 +457,8 @@ class Recipe(Settings):
 
 def load_recipe(path: Path | str, *, row: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe at `path` (or the built-in one of that name), with a row's differences and `a.b=c` overrides applied.
+
+    Its durations are steps; where one is in epochs all stay as they are written, until `resolved` is told the pictures.
 
     Raises:
         ArraError: one line that names file, key, what was expected and what was found.
@@ -450,7 +482,8 @@ def parse_recipe(text: str, model: type[S], *, source: str, row: str | None = No
     data = _merge(base, difference)
     assigned = [_assign(data, text) for text in overrides]
     try:
-        return model.model_validate(data)
+        found = model.model_validate(data)
+        return cast(S, found.resolved(None)) if isinstance(found, Recipe) and not found.in_epochs else found
     except ValidationError as error:
         # A misspelt key also makes the right one missing; the misspelling is the one to tell.
         problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
@@ -739,6 +772,8 @@ def _describe(node: Tree) -> str:
             limits = f"of {least}" if least == most else f"of {least or 0} to {most}" if most else f"of {least} or more"
     elif noun == "text" and node.get("minLength"):
         limits = "that is not empty" if node["minLength"] == 1 else f"of {node['minLength']} or more characters"
+    elif noun == "text" and node.get("examples"):
+        limits = f"as in {_quote(node['examples'][0])}"
     return f"{noun} {limits}".strip()
 
 

@@ -35,6 +35,7 @@ from arra.stages.paint import load_run
 from arra.stages.prepare import prepare
 from arra.stages.report import compare_rows, report
 from arra.stages.tasks import Task, evaluate_tasks, finished, num_parallel, train_tasks
+from arra.stages.train import epoch_length
 
 DEMO_RECIPE = recipes_folder() / "demo.yaml"
 """By its path: the name alone would find a folder `demo` in the working folder."""
@@ -106,8 +107,9 @@ def run_stages(options: DemoOptions, recipe: Recipe, out: Path, display: Display
         store = found.checked()
     console.print(split_line(store.manifest()["records"]["splits"]), highlight=False)
     derived = [*recipe_overrides(options), *store_overrides(options, recipe, store)]
-    derived += budget(options, derived, out, display)
-    tasks = list(plan_tasks(options, out, (*derived, *options.overrides)))
+    records = epoch_length(recipe, store)
+    derived += budget(options, derived, out, display, records=records)
+    tasks = list(plan_tasks(options, out, (*derived, *options.overrides), records=records))
     if not is_current(tasks, page):
         if not all(finished(task) for task in tasks):
             folders = ", ".join(str(task.folder / "previews") for task in tasks)
@@ -203,7 +205,9 @@ def shown(value: object) -> str:
     return "nothing" if value is None else str(value)
 
 
-def plan_tasks(options: DemoOptions, out: Path, overrides: Sequence[str]) -> Iterator[Task]:
+def plan_tasks(
+    options: DemoOptions, out: Path, overrides: Sequence[str], *, records: int | None = None
+) -> Iterator[Task]:
     """The runs, baseline first; a folder level for training seeds only where there are several."""
     rows = [BASELINE, ALIGNED] + ([SHUFFLED] if options.shuffled else [])
     assert set(rows) <= set(row_names(DEMO_RECIPE))
@@ -215,7 +219,7 @@ def plan_tasks(options: DemoOptions, out: Path, overrides: Sequence[str]) -> Ite
             # a key below `align` would bring the term back that the baseline is without
             own = [text for text in overrides if row != BASELINE or text.partition("=")[0].split(".")[0] != "align"]
             folder, label = (out / row, row) if options.seeds == 1 else (out / f"seed-{seed}" / row, f"{row} {seed}")
-            yield Task(row, seed, folder, (*own, *seeds), label, DEMO_RECIPE)
+            yield Task(row, seed, folder, (*own, *seeds), label, DEMO_RECIPE, records)
 
 
 def store_overrides(options: DemoOptions, recipe: Recipe, store: Store) -> Iterator[str]:
@@ -229,7 +233,9 @@ def store_overrides(options: DemoOptions, recipe: Recipe, store: Store) -> Itera
         yield f"model.prefix_length={longest}"
 
 
-def budget(options: DemoOptions, derived: Sequence[str], out: Path, display: Display) -> Iterator[str]:
+def budget(
+    options: DemoOptions, derived: Sequence[str], out: Path, display: Display, *, records: int | None = None
+) -> Iterator[str]:
     """The number of steps that fits into `--minutes`, measured once per folder and kept in `steps.json`.
 
     Raises:
@@ -246,7 +252,7 @@ def budget(options: DemoOptions, derived: Sequence[str], out: Path, display: Dis
         display.show("train", "measuring the speed of this machine", 0, 1)
         shutil.rmtree(out / "probe", ignore_errors=True)
         short = (*derived, *options.overrides, f"train.steps={PROBE_STEPS}", "train.preview_every_steps=null")
-        tasks = list(plan_tasks(options, out / "probe", short))
+        tasks = list(plan_tasks(options, out / "probe", short, records=records))
         probed = tasks[: num_parallel()]
         train_tasks(probed, out / "store", display)
         seconds = max(last_train_row(task)["seconds"] for task in probed) / PROBE_STEPS

@@ -16,8 +16,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 SECONDS_BETWEEN_LINES = 15.0
+SECONDS_OF_SPEED = 600.0
+"""By how long the time that is left is told: large models log once in minutes."""
 
 
 class Display:
@@ -28,14 +31,16 @@ class Display:
         self.interval = SECONDS_BETWEEN_LINES if seconds_between_lines is None else seconds_between_lines
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=min(24, max(6, console.width // 8)), table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            # where there is little room the note goes on below: neither it nor the time that is left is cut
+            TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=Column(no_wrap=False)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("[dim]left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=console,
             disable=not console.is_terminal,
+            speed_estimate_period=SECONDS_OF_SPEED,
         )
         self.rows: dict[str, TaskID] = {}
         self.last_time: dict[str, float] = {}
@@ -60,7 +65,7 @@ class Display:
         return tell
 
     def show(self, row: str, what: str, done: int, total: int, note: str = "") -> None:
-        """Sets a row to `done` of `total`, with what is going on and a note (loss, images per second)."""
+        """Sets a row to `done` of `total`, with what is going on and a note (losses, speed)."""
         if not self.console.is_terminal:
             self._line(row, what, done, total, note)
             return

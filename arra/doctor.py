@@ -18,11 +18,12 @@ EXTRAS = {
     "text": ("transformers", "ftfy", "sentencepiece"),
     "llm": ("transformers", "peft", "accelerate"),
     "lean": ("bitsandbytes",),
+    "fast": ("liger_kernel",),
     "metrics": ("torch_fidelity", "torchmetrics", "torchxrayvision"),
     "app": ("gradio",),
     "ray": ("ray",),
     "remote": ("aiohttp",),
-    "track": ("tensorboard", "wandb", "trackio"),
+    "track": ("tensorboard", "wandb", "trackio", "mlflow", "sqlalchemy", "alembic"),
 }
 FREE_GIB_FOR_DEMO = 1.0
 EMBEDDED_ENCODERS = ("efficientnet-lite0", "efficientnet-lite1")
@@ -55,6 +56,7 @@ def examine() -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             yield Finding("ok", f"GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+        yield loss_finding()
     else:
         yield Finding("note", "no CUDA GPU; everything runs on the CPU", "the demo is made for that")
     yield Finding("ok", f"{os.cpu_count()} CPU cores")
@@ -68,6 +70,19 @@ def examine() -> Iterator[Finding]:
             f"extra '{extra}'" + (": not installed" if absent else ""),
             advice if absent else "",
         )
+
+
+def loss_finding() -> Finding:
+    """How a GPU makes the loss over the vocabulary."""
+    from arra.models import liger
+
+    if liger.is_usable():
+        return Finding("ok", "loss over the vocabulary: Liger's fused kernel")
+    return Finding(
+        "note",
+        "loss over the vocabulary: in slices by torch",
+        "Liger's kernel is faster: pip install 'arra[fast]' -c constraints.txt",
+    )
 
 
 def _folders(folders: dict[str, Path]) -> Iterator[Finding]:

@@ -1,6 +1,6 @@
 """A run folder: recipe, manifest, metrics, and writing that survives a kill. Every stage below `train` reads from it.
 
-runs/NAME/recipe.yaml      the resolved recipe; a folder never changes its recipe
+runs/NAME/recipe.yaml      the resolved recipe; a folder never changes what is trained
           manifest.json    versions, git commit, and what the caller gives (seed, hashes); as at the first start
           metrics.jsonl    one row per line, append only
 """
@@ -12,10 +12,11 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -32,6 +33,8 @@ WRITE_ERRORS = {
     errno.EDQUOT: "the disk quota is used up; free some space or pass --out elsewhere",
     errno.EACCES: "not writable for this user; change its permissions or pass --out elsewhere",
     errno.EPERM: "not writable for this user; change its permissions or pass --out elsewhere",
+    errno.EIO: "the disk reports an error; look at the system's log, or pass --out elsewhere",
+    errno.EFBIG: "larger than a file may be here; raise that limit (ulimit -f) or pass --out elsewhere",
     errno.EROFS: "on a read-only file system; pass --out elsewhere",
     errno.ENOTDIR: "part of this path is a file, expected a folder; move the file or pass --out elsewhere",
     errno.EEXIST: "is a file, expected a folder; move the file or pass --out elsewhere",
@@ -85,11 +88,14 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Nothing; files below `folder` that dead processes did not finish are gone."""
-    for path in folder.rglob(".*.tmp"):
+    """Nothing; files and folders below `folder` that dead processes did not finish are gone."""
+    for path in list(folder.rglob(".*.tmp")):  # all names first: what is in a folder that goes goes with it
         match = UNFINISHED.match(path.name)
         if match and not is_alive(int(match[1])):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def file_hash(path: Path | str) -> str:
@@ -105,11 +111,20 @@ class Run:
     path: Path
 
     @classmethod
-    def create(cls, path: Path | str, recipe_yaml: str, manifest: Mapping[str, Any]) -> "Run":
+    def create(
+        cls,
+        path: Path | str,
+        recipe_yaml: str,
+        manifest: Mapping[str, Any],
+        *,
+        free: Sequence[str] = (),
+        noted: Mapping[str, Any] | None = None,
+    ) -> "Run":
         """A new run, or the one that is there if it has the same recipe and manifest.
 
-        `manifest` holds what must not change between starts (seed, hashes of inputs); versions are added and, on
-        reopening, kept as they were.
+        `manifest` holds what must not change between starts (seed, hashes of inputs); `noted` what may. Versions are
+        added, and all of it is kept as it was at first. The recipe's keys `free` (dotted) may change, and are then
+        those of the last start.
 
         Raises:
             ArraError: the folder holds a run of another recipe or other inputs, or cannot be written.
@@ -121,11 +136,15 @@ class Run:
                 own = yaml.safe_load(run.recipe_yaml())
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise ArraError(f"{run.recipe_path}: damaged; delete the run folder and train again") from error
-            run._refuse_difference("recipe", own, yaml.safe_load(recipe_yaml))
+            new = yaml.safe_load(recipe_yaml)
+            run._refuse_difference("recipe", _without(own, free), _without(new, free))
             kept = run.manifest()
             run._refuse_difference("manifest", {key: kept.get(key) for key in given}, given)
+            if own != new:
+                atomic_write(run.recipe_path, recipe_yaml)
             return run
-        atomic_write(run.path / "manifest.json", json.dumps(_environment() | given, indent=2) + "\n")
+        facts = _environment() | dict(noted or {}) | given
+        atomic_write(run.path / "manifest.json", json.dumps(facts, indent=2) + "\n")
         atomic_write(run.recipe_path, recipe_yaml)  # last: a folder with a recipe is a run
         return run
 
@@ -248,6 +267,14 @@ def _runs_near(path: Path) -> str:
         if names:
             return f"runs there: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
     return "make one with: arra demo"
+
+
+def _without(tree: Any, keys: Sequence[str]) -> Any:
+    """The tree without some dotted keys."""
+    if not isinstance(tree, dict):
+        return tree
+    inner = {key: [each.partition(".")[2] for each in keys if each.partition(".")[0] == key] for key in tree}
+    return {key: _without(value, inner[key]) for key, value in tree.items() if "" not in inner[key]}
 
 
 class _Absent:

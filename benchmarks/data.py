@@ -37,7 +37,9 @@ def h100_images_per_second() -> float:
     return H100_FLOPS * MFU / (per_token * POSITIONS)
 
 
-def write_synthetic(path: Path, count: int, *, features: bool) -> None:
+def write_synthetic(
+    path: Path, count: int, *, features: bool, grid: tuple[int, int] = (16, 16), num_codes: int = NUM_CODES
+) -> None:
     """Nothing; a store of `count` random records lies at `path`."""
     size = default_shard_records(count)
     shards = [min(size, count - start) for start in range(0, count, size)]
@@ -71,12 +73,12 @@ def write_synthetic(path: Path, count: int, *, features: bool) -> None:
     }
     atomic_write(path / "manifest.json", json.dumps({"format": FORMAT, "records": about}))
     store = Store.open(path)
-    columns = [("codes", (16, 16), "uint16")] + ([("features.random", (FEATURES,), "float32")] if features else [])
+    columns = [("codes", grid, "uint16")] + ([("features.random", (FEATURES,), "float32")] if features else [])
     for name, shape, dtype in columns:
         writer = store.writer(name, made_by={"random": True}, shape=shape, dtype=dtype)
         for shard, rows in enumerate(shards):
             if dtype == "uint16":
-                values = rng.integers(0, NUM_CODES, (rows, *shape), dtype=np.uint16)
+                values = rng.integers(0, num_codes, (rows, *shape), dtype=np.uint16)
             else:
                 values = rng.standard_normal((rows, *shape), dtype=np.float32)
             ids = store.records_of(shard).column("id").combine_chunks()

@@ -354,7 +354,6 @@ def test_sizes_are_llamagens_and_are_not_mixed_with_shapes():
         ),
         (["model.llm.folder=x", "model.llm.template='{prompt}, {hight}'"], "{hight} in '{prompt}, {hight}' is nothing"),
         (["model.llm.folder=x", "train.word_dropout=0.1"], "word_dropout: is the decoder's"),
-        (["train.precision=bfloat16"], "train.precision: bfloat16 is for language models"),
     ],
 )
 def test_models_that_cannot_be(overrides: list[str], told: str):

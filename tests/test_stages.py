@@ -110,13 +110,6 @@ def test_an_interrupted_training_ends_in_the_same_weights(pipeline, tmp_path: Pa
     assert f"ntp {last['ntp_loss']:.3f}, gva {last['gva_loss']:.3f}, " in [what[3] for what in told][steps.index(100)]
 
 
-def test_training_by_many_processes_is_refused(pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ArraError, match=r"one of 2 processes \(WORLD_SIZE\), trains with one"):
-        train(recipe_of(pipeline.aligned), Store.open(pipeline.store), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_lost_weights_come_back_from_the_checkpoint(pipeline, toy_copy):
     expected = file_hash(toy_copy.aligned / "model.safetensors")
     (toy_copy.aligned / "model.safetensors").unlink()

@@ -14,7 +14,7 @@ Source: ARRA (arXiv 2503.07334), equations 3 to 5 and section 3.3.
 
 from arra.align.alignment import Alignment, Alignments
 from arra.align.losses import Loss
-from arra.align.positions import Target
+from arra.align.positions import Places, Target
 from arra.align.projector import Projector, ProjectorKind
 from arra.align.schedule import Balance, WeightSchedule
 from arra.align.targets import TargetSpace, spatially_normalized
@@ -24,6 +24,7 @@ __all__ = [
     "Alignments",
     "Balance",
     "Loss",
+    "Places",
     "Projector",
     "ProjectorKind",
     "Target",

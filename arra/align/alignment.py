@@ -9,11 +9,11 @@ from functools import lru_cache
 from typing import cast, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from arra.align.losses import CONTRASTING, Loss, distances, image_means, same_rows
-from arra.align.positions import BY_POSITION, ON_GRID, Target
+from arra.align.positions import BY_POSITION, ON_GRID, Places, Target
 from arra.align.projector import Projector, ProjectorKind
 from arra.align.schedule import Balance, WeightSchedule, position_shares
 from arra.align.targets import TargetSpace, on_grid, spatially_normalized
@@ -96,7 +96,7 @@ class Alignment(nn.Module):
         self,
         hidden: Float[Tensor, "B T D"],
         features: Float[Tensor, "B F"] | Float[Tensor, "B P F"],
-        positions: Bool[Tensor, "B T"],
+        positions: Bool[Tensor, "B T"] | Places,
         *,
         grid: tuple[int, int] | None = None,
         candidates: Float[Tensor, "C F"] | None = None,
@@ -105,59 +105,63 @@ class Alignment(nn.Module):
 
         Features get no gradient. `grid` is needed by what knows where a position lies: target "patch" and the
         convolution. `candidates` are the features of the whole batch, of which this may be a part; None takes these.
+        Without any position it is 0, and gradients are zeros.
         Source: the released ARRA code averages in this order.
         """
-        each, image = self._each(hidden, features, positions, grid, candidates)
-        per_image = image_means(each, image, self._shares(image), len(positions))
-        return per_image.sum() / positions.any(1).sum().clamp(min=1)
+        places = Places.of(positions)
+        each = self._each(hidden, features, places, grid, candidates)
+        per_image = image_means(each, places.image, self._shares(places), len(hidden))
+        return per_image.sum() / max(1, len(places.counts))
 
     def each(
         self,
         hidden: Float[Tensor, "B T D"],
         features: Float[Tensor, "B F"] | Float[Tensor, "B P F"],
-        positions: Bool[Tensor, "B T"],
+        positions: Bool[Tensor, "B T"] | Places,
         *,
         grid: tuple[int, int] | None = None,
         candidates: Float[Tensor, "C F"] | None = None,
     ) -> Float[Tensor, "N Q"]:
         """The distance at every position, for the images that have any (all as many)."""
-        return self._each(hidden, features, positions, grid, candidates)[0].unflatten(
-            0, (int(positions.any(1).sum()), -1)
-        )
+        places = Places.of(positions)
+        return self._each(hidden, features, places, grid, candidates).unflatten(0, (len(places.counts), -1))
 
     def _each(
         self,
         hidden: Tensor,
         features: Tensor,
-        positions: Tensor,
+        places: Places,
         grid: tuple[int, int] | None,
         candidates: Tensor | None,
-    ) -> tuple[Float[Tensor, " M"], Int[Tensor, " M"]]:
-        """Distances, and of which image each is."""
-        image, rows = positions.nonzero()[:, 0], positions.any(1)
-        if not len(image):  # what is left out of a step would have no gradient instead of none: parameters and states
-            return hidden[positions].sum(1) + sum(parameter.sum() for parameter in self.parameters()), image
+    ) -> Float[Tensor, " M"]:
+        """Distances."""
         # frozen parts of a model may be narrower, and autocast narrows what it likes
-        states = hidden[positions].to(self.projector.dtype or self.target_mean.dtype)
+        states = places.of_states(hidden).to(self.projector.dtype or self.target_mean.dtype)
+        count, rows, image = len(places.counts), places.rows, places.image
         if self.projector.kind == "conv":
             assert grid is not None
-            projected = self.projector(states.unflatten(0, (int(rows.sum()), -1)), grid=grid).flatten(0, 1)
+            projected = self.projector(states.unflatten(0, (count, grid[0] * grid[1])), grid=grid).flatten(0, 1)
         else:
             projected = self.projector(states)
+        if not count:  # what is left out of a step would have no gradient instead of none: parameters and states
+            return projected.sum(1)
         if self.target not in BY_POSITION:
             whole = self.space(features).detach()
             others = same = None
             if self.loss in CONTRASTING:
-                pictures = features[rows] if candidates is None else candidates  # rows of text have none
+                pictures = (
+                    features.index_select(0, rows) if candidates is None else candidates
+                )  # of text there are none
                 others = self.space(pictures).detach()
                 # told by the features themselves: their space may round a row otherwise in another batch
                 same = same_rows(features, pictures)[image]
-            return self._distances(projected, whole[image], others, same), image
-        targets = self.space(self._by_position(features[rows], len(image) // int(rows.sum()), grid)).detach()
+            return self._distances(projected, whole[image], others, same)
+        own = features.index_select(0, rows)
+        targets = self.space(self._by_position(own, places.counts[0], grid)).detach()
         if self.loss in CONTRASTING:
             parts = zip(projected.unflatten(0, targets.shape[:2]), targets, strict=True)
-            return torch.cat([self._distances(one, own, own) for one, own in parts]), image
-        return self._distances(projected, targets.flatten(0, 1), None), image
+            return torch.cat([self._distances(one, each, each) for one, each in parts])
+        return self._distances(projected, targets.flatten(0, 1), None)
 
     def _distances(
         self, projected: Tensor, target: Tensor, candidates: Tensor | None, same: Tensor | None = None
@@ -174,12 +178,12 @@ class Alignment(nn.Module):
         bands = features.shape[1]
         return features[:, torch.arange(count, device=features.device) * bands // count]
 
-    def _shares(self, image: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
+    def _shares(self, places: Places) -> Float[Tensor, " M"]:
         """The weight of every position within its image."""
-        if not self.position_power or not len(image):
-            return torch.ones_like(image, dtype=torch.float32)
-        counts = image.bincount()[image.unique()].tolist()
-        return torch.cat([_shares(count, self.position_power, image.device) for count in counts])
+        device = places.image.device
+        if not self.position_power or not places.counts:
+            return torch.ones_like(places.image, dtype=torch.float32)
+        return torch.cat([_shares(count, self.position_power, device) for count in places.counts])
 
 
 class Alignments(nn.Module):

@@ -6,13 +6,13 @@ E caption feature, N records of the split.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from arra.data.conditions import Conditions, Prefix, text_prefixes
@@ -23,6 +23,15 @@ Features: TypeAlias = Mapping[str, Tensor]
 
 NOTHING = -100
 """Label of a position whose token nobody predicts."""
+
+
+@runtime_checkable
+class HoldsTensors(Protocol):
+    """Something of tensors that goes where its batch goes."""
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "HoldsTensors":
+        """The same with every tensor changed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,27 @@ class TrainBatch:
     """Where the token stands that target `rep` aligns; None where the model has none."""
     grid: tuple[int, int] | None = None
     """Height and width in codes of the batch's pictures."""
+    dropout_seeds: Int64[Tensor, " B"] | None = None
+    """From which a model draws what it drops of each row; None lets it draw as it likes."""
+    places: Mapping[str, HoldsTensors] | None = None
+    """Positions that the loss looks at, found while the batch was on the CPU (`arra.train.objective.located`)."""
 
     def inputs(self) -> dict[str, Tensor]:
         """What the model is told beside the tokens, by the names of its keyword arguments."""
-        told = {"prefix_mask": self.prefix_mask, "caption": self.caption, "null_caption": self.null_caption}
-        return {name: value for name, value in told.items() if value is not None}
+        names = ("prefix_mask", "caption", "null_caption", "dropout_seeds")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "TrainBatch":
+        """The batch with every tensor changed; rows are chosen before places are found."""
+
+        def of(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return change(part)
+            if isinstance(part, Mapping):
+                return {name: of(each) for name, each in part.items()}
+            return part.changed(change) if isinstance(part, HoldsTensors) else part
+
+        return TrainBatch(**{field.name: of(getattr(self, field.name)) for field in fields(self)})
 
     @property
     def labelled(self) -> Bool[Tensor, "B S"]:
@@ -210,7 +235,8 @@ class Batches:
             part_next = part_of(next_rows.numpy(), rank, num_ranks)
             self.pictures.expect(next_rows[part_next], next_chance[part_next])
             self.conditions.expect(next_rows[part_next])
-        return self.write(prefix, codes, features=features, rows=rows[part])
+        batch = self.write(prefix, codes, features=features, rows=rows[part])
+        return replace(batch, dropout_seeds=row_seeds(self.seed, "dropout", step * self.batch_size, len(rows))[part])
 
     @cached_property
     def _picked(self) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -241,6 +267,11 @@ class HeldOutBatches(Sequence[TrainBatch]):
         whole = torch.ones(len(rows), max(3, self.conditions.length))
         prefix = self.conditions.take(rows, whole[:, :3], whole[:, : self.conditions.length])
         return self.write(prefix, self.codes[rows], rows=rows)
+
+
+def row_seeds(seed: int, purpose: str, first: int, count: int) -> Int64[Tensor, " B"]:
+    """A number for each of `count` rows that follow one another in the data, from their places in it alone."""
+    return torch.tensor([mix(seed, purpose, place) for place in range(first, first + count)], dtype=torch.int64)
 
 
 def generator(seed: int, purpose: str, index: int) -> torch.Generator:

@@ -5,16 +5,17 @@ Legend: B rows, T longest sequence of a batch, P image positions, F feature, N r
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from arra.data.batches import NOTHING, Batches, Features, TrainBatch, generator
+from arra.data.batches import NOTHING, Batches, Features, TrainBatch, generator, row_seeds
 from arra.data.conditions import Prefix
 from arra.data.layout import Grid, ImageLayout, Written
+from arra.data.order import part_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class PromptConditions:
 
     def take(self, rows: Int[Tensor, " B"], chance: Float[Tensor, "B 3"], kept: Float[Tensor, "B _"]) -> Prefix:
         """The prompts of records that share a grid; None where one is dropped."""
-        number = 0 if self.grid_numbers is None else int(self.grid_numbers[int(rows[0])])
+        number = 0 if self.grid_numbers is None or not len(rows) else int(self.grid_numbers[int(rows[0])])
         prompts = tuple(
             self._prompt(number, int(row), *draws.tolist()) for row, draws in zip(rows, chance, strict=True)
         )
@@ -83,7 +84,7 @@ def padded_batch(
     grid: Grid | None = None,
 ) -> TrainBatch:
     """A batch of sequences of any lengths, padded behind with tokens that nobody predicts and nobody sees."""
-    shape = (len(written), max(len(each.tokens) for each in written))
+    shape = (len(written), max((len(each.tokens) for each in written), default=0))
     tokens, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, NOTHING)
     code_mask = torch.zeros(shape, dtype=torch.bool)
     rep_mask = None if all(each.rep_mask is None for each in written) else torch.zeros_like(code_mask)
@@ -141,11 +142,13 @@ class MixedBatches:
     text_rows: int
     """In each batch."""
 
-    def batch(self, step: int) -> TrainBatch:
-        """The batch of a step, counted from 0."""
-        images = self.pictures.batch(step)
-        places = torch.randint(len(self.text), (self.text_rows,), generator=generator(self.pictures.seed, "text", step))
-        return joined(images, self.text.batch(places))
+    def batch(self, step: int, *, rank: int = 0, num_ranks: int = 1) -> TrainBatch:
+        """A rank's part of the batch of a step, counted from 0: its pictures, then its rows of text."""
+        images, seed = self.pictures.batch(step, rank=rank, num_ranks=num_ranks), self.pictures.seed
+        places = torch.randint(len(self.text), (self.text_rows,), generator=generator(seed, "text", step))
+        part = part_of(places.numpy(), rank, num_ranks)
+        seeds = row_seeds(seed, "text dropout", step * self.text_rows, self.text_rows)
+        return joined(images, replace(self.text.batch(places[part]), dropout_seeds=seeds[part]))
 
 
 def joined(images: TrainBatch, text: TrainBatch) -> TrainBatch:
@@ -166,6 +169,9 @@ def joined(images: TrainBatch, text: TrainBatch) -> TrainBatch:
     if images.rep_mask is not None:
         rest = (0, width - images.tokens.shape[1], 0, len(text.tokens))
         rep_mask = torch.nn.functional.pad(images.rep_mask, rest, value=False)
+    seeds = None
+    if images.dropout_seeds is not None and text.dropout_seeds is not None:
+        seeds = torch.cat([images.dropout_seeds, text.dropout_seeds])
     return TrainBatch(
         both("tokens", 0),
         both("labels", NOTHING),
@@ -174,4 +180,5 @@ def joined(images: TrainBatch, text: TrainBatch) -> TrainBatch:
         features=features,
         rep_mask=rep_mask,
         grid=images.grid,
+        dropout_seeds=seeds,
     )

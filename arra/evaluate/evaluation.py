@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from arra.encoders import Encoder
 from arra.encoders.dual import DualEncoder, picture_embeddings, picture_features
-from arra.evaluate.card import Card, Evaluation, Result, measure, values_key
+from arra.evaluate.card import Card, Evaluation, Result, measure, values_key, values_statistic
 from arra.evaluate.likelihood import Asked, likelihoods
 from arra.evaluate.retrieval import caption_ranks, class_ranks, retrieval_ranks
 from arra.evaluate.settings import EvaluateSettings
@@ -110,6 +111,42 @@ def evaluate_model(
     rows = [row for split in splits for row in model_rows(values, split.name, settings)]
     rows += [row for split in splits for row in ceiling(split, settings, caption_judge)]
     return Evaluation(card=Card(run=run, protocol=protocol, results=tuple(rows)), values=values), pictures
+
+
+def quick_measures(
+    model: Painter,
+    tokenizer: ImageTokenizer,
+    judge: Encoder,
+    split: HeldOutSplit,
+    settings: EvaluateSettings,
+    *,
+    cfg_scale: float,
+) -> dict[str, float]:
+    """What `evaluate_model` measures of painted pictures by one judge, without intervals: retrieval, and the distances
+    to reconstructions.
+    """
+    name, places = split.name, range(len(split.prompts))
+    images = paint_split(
+        model, tokenizer, split, settings, places, [settings.seed + i for i in places], cfg_scale=cfg_scale
+    )
+    features = encode_all(judge, images).cpu()
+    values = {
+        values_key("features", split=name, cfg_scale=cfg_scale): features,
+        values_key("reference/reconstructions", split=name): split.reconstruction_features,
+        **_ranks(split, features, split.reconstruction_features, cfg_scale=cfg_scale),
+    }
+    found = {}
+    for metric in ("frechet", "kid_x1000", *_retrievals(values, name, cfg_scale)):
+        statistic = values_statistic(
+            values,
+            metric=metric,
+            split=name,
+            cfg_scale=cfg_scale,
+            reference="reconstructions",
+            num_components=settings.frechet_components,
+        )
+        found[metric] = float(statistic(np.ones(statistic.num_images)))
+    return found
 
 
 def paint_split(

@@ -1,14 +1,15 @@
 """Networks that predict the next token, opened by name or folder and saved with what is needed to open them again."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from arra.errors import ArraError
 from arra.models.causal import CausalLM
@@ -29,8 +30,10 @@ __all__ = [
     "Painter",
     "load_decoder",
     "load_model",
+    "load_outline",
     "open_weights",
     "save_model",
+    "save_outline",
 ]
 
 CHAMELEONS = ("chameleon", "lumina-mgpt")
@@ -177,19 +180,32 @@ def save_model(model: Painter, folder: str | Path) -> Path:
     if isinstance(model, CausalLM):
         save_language_model(model, folder)
         return folder
-    tokenizer = TOKENIZER_FILE if model.text_tokenizer is not None else None
-    card = {"kind": "llamagen", "settings": model.settings.model_dump(mode="json"), "text_tokenizer": tokenizer}
-    card["about"] = model.about
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     with atomic_file(folder / WEIGHTS_FILE) as temporary:
         safetensors.torch.save_file(state, temporary)
-    if model.text_tokenizer is not None:
-        model.text_tokenizer.save(folder / TOKENIZER_FILE)
-    atomic_write(folder / CARD_FILE, json.dumps(card, indent=2) + "\n")
+    save_outline(model, folder)
     return folder
 
 
-def _load_folder(folder: Path, how: Fitting) -> Painter:
+def save_outline(model: Decoder, folder: Path) -> None:
+    """Nothing; the folder holds all of a decoder but its weights: what it is, and how it reads text."""
+    tokenizer = TOKENIZER_FILE if model.text_tokenizer is not None else None
+    card = {"kind": "llamagen", "settings": model.settings.model_dump(mode="json"), "text_tokenizer": tokenizer}
+    card["about"] = model.about
+    if model.text_tokenizer is not None:
+        model.text_tokenizer.save(folder / TOKENIZER_FILE)
+    atomic_write(folder / CARD_FILE, json.dumps(card, indent=2) + "\n")
+
+
+def load_outline(folder: Path, *, weights: Mapping[str, Tensor]) -> Decoder:
+    """The decoder of a folder with the given weights in place of its own.
+
+    Raises: ArraError when the folder has no outline, or the weights do not fit it.
+    """
+    return cast(Decoder, _load_folder(folder, Fitting(), weights=weights))
+
+
+def _load_folder(folder: Path, how: Fitting, *, weights: Mapping[str, Tensor] | None = None) -> Painter:
     card_path, weights_path = folder / CARD_FILE, folder / WEIGHTS_FILE
     _require(card_path)
     try:
@@ -201,11 +217,13 @@ def _load_folder(folder: Path, how: Fitting) -> Painter:
         raise ArraError(f'{card_path}: expected {{"kind": "llamagen", "settings": {{...}}}}; save the model again')
     if kind == LANGUAGE_KIND:
         return load_language_model(folder, dtype=how.dtype)
-    _require(weights_path)
+    if weights is None:
+        _require(weights_path)
     about, tokenizer = card.get("about") or {}, card.get("text_tokenizer")
     if not isinstance(about, dict) or tokenizer not in (None, TOKENIZER_FILE):
         raise ArraError(f"{card_path}: expected about {{...}} and text_tokenizer null or {TOKENIZER_FILE!r}")
-    model, _ = build_decoder(read_weights(weights_path), decoder_settings(str(card_path), card["settings"]), how)
+    found = read_weights(weights_path) if weights is None else Weights(dict(weights), folder)
+    model, _ = build_decoder(found, decoder_settings(str(card_path), card["settings"]), how)
     model.about = about
     if tokenizer:
         from arra.tokenizers.text import load_text_tokenizer

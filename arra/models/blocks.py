@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from arra.models import lean
 from arra.models.cache import KVCache
+from arra.models.dropout import dropped
 from arra.models.products import inferred, inferred_pair, is_unheard
 from arra.models.settings import DecoderSettings
 
@@ -213,21 +214,32 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, settings: DecoderSettings, *, drop_path: float = 0.0) -> None:
+    def __init__(self, settings: DecoderSettings) -> None:
         super().__init__()
         self.attention = Attention(settings)
         self.feed_forward = FeedForward(settings)
         self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_eps)
         self.ffn_norm = RMSNorm(settings.hidden_size, settings.norm_eps)
-        self.resid_dropout, self.ffn_dropout, self.drop_path = settings.resid_dropout, settings.ffn_dropout, drop_path
+        self.dropouts = (settings.resid_dropout, settings.ffn_dropout)
 
     def forward(
-        self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, start: int
+        self,
+        x: Tensor,
+        table: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        start: int = 0,
+        seeds: Tensor | None = None,
+        paths: Tensor | None = None,
     ) -> Tensor:
-        """(B, S, D): the residual stream after this block."""
+        """(B, S, D): the residual stream after this block.
+
+        While training, `seeds` (B,) of the rows for this block drop elements, and the factors `paths` (2, B) rows.
+        """
         added = self.attention(x, self.attention_norm, table, mask, cache, layer, start)
-        x = self._joined(x, added, self.resid_dropout)
-        return self._joined(x, self.feed_forward(x, self.ffn_norm), self.ffn_dropout)
+        x = self._joined(x, added, 0, seeds, paths)
+        return self._joined(x, self.feed_forward(x, self.ffn_norm), 1, seeds, paths)
 
     def step(
         self,
@@ -244,14 +256,15 @@ class Block(nn.Module):
         gate, value = inferred_pair(self.ffn_norm(x), *self.feed_forward.side_by_side)
         x += inferred(F.silu(gate).mul_(value), self.feed_forward.w2)
 
-    def _joined(self, x: Tensor, added: Tensor, dropout: float) -> Tensor:
-        if not self.training:
+    def _joined(self, x: Tensor, added: Tensor, branch: int, seeds: Tensor | None, paths: Tensor | None) -> Tensor:
+        p = self.dropouts[branch]
+        if not self.training or seeds is None:
             return x + added
-        if self.drop_path:
-            added = F.dropout(added, dropout)
-            kept = torch.empty(len(x), 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - self.drop_path)
-            return x + added * (kept / (1 - self.drop_path))
-        return lean.drop_add(x, added, dropout) if lean.usable(x) else x + F.dropout(added, dropout)
+        if paths is not None:
+            return x + dropped(added, p, seeds, site=branch) * paths[branch, :, None, None].to(added.dtype)
+        if lean.usable(x):
+            return lean.drop_add(x, added, p, seeds, site=branch)
+        return x + dropped(added, p, seeds, site=branch)
 
 
 class CaptionProjection(nn.Module):

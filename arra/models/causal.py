@@ -7,17 +7,18 @@ Letters: B batch, S positions given, C prefix length, P = h*w image positions, D
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from arra.data.layout import CODE, Grid, ImageLayout
 from arra.errors import ArraError
 from arra.models.decoder import Condition, ModelOutput, TextTokenizer, checked_codes
+from arra.models.dropout import RowDropout, random_seeds, site_seeds
 from arra.models.head import CalledHead, Head, head_of
 from arra.settings import Settings
 
@@ -87,7 +88,8 @@ class CausalLM(nn.Module):
         self.about: dict[str, Any] = dict(about or {})
         self.companions: dict[str, str] = {}
         """Texts of the small files that Hugging Face keeps beside tokenizer.json, by name."""
-        self._recompute = False
+        self._sites: list[RowDropout] = []
+        """Where it drops by rows, in the order in which they were made."""
         layout.check_grid(grid)
         self._blocks = _blocks(self.base)  # a list, not a module: the LM owns them
         rows, highest = int(self.config.vocab_size), max(layout.reserved())
@@ -95,21 +97,25 @@ class CausalLM(nn.Module):
             raise ArraError(f"layout: token {highest} is outside the model's vocabulary of {rows}")
 
     @property
-    def recompute(self) -> bool:
-        """Whether training keeps what enters each block alone, and computes the rest again in the backward pass."""
-        return self._recompute
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, first to last, as parallelism and recomputing take them."""
+        return list(self._blocks)
 
-    @recompute.setter
-    def recompute(self, wanted: bool) -> None:
-        if wanted == self.recompute:
-            return
-        new = hasattr(self.lm, "activation_checkpointing_enable")  # the name of later versions
-        verb = "activation_checkpointing" if new else "gradient_checkpointing"
-        if wanted:
-            getattr(self.lm, f"{verb}_enable")({"use_reentrant": False})
-        else:
-            getattr(self.lm, f"{verb}_disable")()
-        self._recompute = wanted
+    def train(self, mode: bool = True) -> "CausalLM":
+        """This model, in that mode; for training every `nn.Dropout` of the network becomes a `RowDropout`.
+
+        So do those of adapters that were put in before. What the network drops by itself (attention weights within
+        torch's fused attention, functions instead of modules) is drawn from torch's generator as ever.
+        """
+        super().train(mode)
+        if mode:
+            for parent in list(self.lm.modules()):
+                for name, part in parent.named_children():
+                    if type(part) is nn.Dropout and part.p:
+                        site = RowDropout(part.p).train(part.training)
+                        setattr(parent, name, site)
+                        self._sites.append(site)
+        return self
 
     def drop_residuals(self, p: float) -> None:
         """Nothing; while training a share `p` of what attention and feed-forward add to the stream is dropped.
@@ -118,13 +124,6 @@ class CausalLM(nn.Module):
         Raises: ArraError when the blocks have no such parts.
         """
 
-        def drop(module: nn.Module, args: Any, output: Any) -> Any:
-            if not module.training:
-                return output
-            if isinstance(output, tuple):
-                return (nn.functional.dropout(output[0], p), *output[1:])
-            return nn.functional.dropout(output, p)
-
         for block in self._blocks:
             parts = [part for name, part in block.named_children() if name in BRANCHES]
             if len(parts) != 2:
@@ -132,7 +131,9 @@ class CausalLM(nn.Module):
                     f"model.llm.dropout: {type(block).__name__} has not one attention and one feed-forward; use 0"
                 )
             for part in parts:
-                part.register_forward_hook(drop)
+                site = RowDropout(p)
+                part.register_forward_hook(_OutputDropout(site))
+                self._sites.append(site)
 
     @property
     def base(self) -> nn.Module:
@@ -194,13 +195,16 @@ class CausalLM(nn.Module):
         capture: Sequence[int] = (),
         cache: LanguageCache | None = None,
         start: int = 0,
+        dropout_seeds: Int64[Tensor, "B"] | None = None,
     ) -> ModelOutput:
         """Hidden states of positions start..start+S-1; the state at position t predicts the token at t+1.
 
         Without a mask rows begin at the first position, and what stands behind a row changes nothing in it. False in
         `prefix_mask` marks padding on the left, which takes no position. With a cache, positions below `start` are
-        read from it and the new ones are stored.
+        read from it and the new ones are stored. While training, `dropout_seeds` say what of each row is dropped, also
+        when a block is computed again in the backward pass before the next call; None draws them.
         """
+        self._note_seeds(tokens, dropout_seeds)
         end = start + tokens.shape[1]
         told: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
@@ -212,11 +216,21 @@ class CausalLM(nn.Module):
             width = min(end, prefix_mask.shape[1])
             real[:, :width] = prefix_mask[:, :width]
             told |= {"attention_mask": real, "position_ids": (real.cumsum(1) - 1).clamp(min=0)[:, start:]}
-        with self._listening(capture) as captured:
+        whole_rows = nullcontext() if "attention_mask" in told or cache is not None else one_sequence_each()
+        with self._listening(capture) as captured, whole_rows:
             output = self.base(input_ids=tokens, return_dict=True, **told)
         if cache is not None:
             cache.filled = end
         return ModelOutput(output.last_hidden_state, captured)
+
+    def _note_seeds(self, tokens: Tensor, seeds: Tensor | None) -> None:
+        """Nothing; every site knows the rows' seeds."""
+        if not self.training or not self._sites:
+            return
+        if seeds is None:
+            seeds = random_seeds(len(tokens), tokens.device)
+        for site, own in zip(self._sites, site_seeds(seeds, len(self._sites)), strict=True):
+            site.seeds = own
 
     @contextmanager
     def _listening(self, capture: Sequence[int]) -> Iterator[dict[int, Tensor]]:
@@ -346,6 +360,38 @@ class CausalLM(nn.Module):
     def _template(self, grid: Grid) -> list[int]:
         """What follows the prefix: `CODE` where codes stand, and the tokens between and behind them."""
         return self.layout.image(grid)[len(self.layout.opening(grid)) :]
+
+
+@dataclass(frozen=True)
+class _OutputDropout:
+    """A forward hook that drops of what a module gives."""
+
+    site: RowDropout
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not module.training:
+            return output
+        return (self.site(output[0]), *output[1:]) if isinstance(output, tuple) else self.site(output)
+
+
+@contextmanager
+def one_sequence_each() -> Iterator[None]:
+    """A block in which `transformers` takes every row for one sequence.
+
+    Given no mask it looks at the positions whether rows are packed, and waits for an accelerator to see them.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    found = getattr(masking_utils, name, None)
+    if found is None:
+        yield
+        return
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, found)
 
 
 def _blocks(base: nn.Module) -> list[nn.Module]:

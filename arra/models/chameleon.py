@@ -2,14 +2,15 @@
 
     a Hugging Face folder, Lumina's or ARRA's, Meta's own files --> read_chameleon --> ReadChameleon{lm, ...}
 
-The network is made on the meta device and filled; whatever does not fit is named. Nothing in a file can run.
+The network is made on the meta device and filled, or left empty; whatever does not fit is named. Nothing in a file can
+run.
 Source: Alpha-VLLM/Lumina-mGPT and xiexing0916/ARRA (names, shared q/k norms, the projector's `adaptor.*`).
 """
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from arra.errors import ArraError
-from arra.models.chameleon_meta import PARAMS_FILE, meta_state, read_meta
+from arra.models.chameleon_meta import PARAMS_FILE, MetaFiles, meta_state, read_meta
 from arra.models.chameleon_network import (
     CHAMELEON_SIZES,
     TOKENIZER_PREFIX,
@@ -105,12 +106,15 @@ def read_chameleon(
     entry: Entry = "model",
     ignore: tuple[str, ...] = (),
     vocabulary: Mapping[str, int] | None = None,
+    head_norm_rows: int | None = None,
+    empty: bool = False,
 ) -> ReadChameleon:
     """The language model of a folder, or of a file beside its config.json or params.json.
 
     `dtype=None` keeps the files' type. `vocabulary` names tokens where the configuration does not. ARRA's projector and
     keys that match `ignore` are left out. The image tokenizer's encoder (`model.vqmodel`) is there, frozen, where the
-    files hold it.
+    files hold it. With `head_norm_rows`, q/k norms that are written out for every head share so many rows again, if the
+    heads agree. `empty` reads no weights beyond names, shapes and types: the model is on the meta device.
     Raises: ArraError when files are missing, damaged or unsafe, no Chameleon's, or do not fit.
     """
     require_transformers()
@@ -119,9 +123,10 @@ def read_chameleon(
     if not source.exists():
         raise ArraError(f"{source}: no such file or folder; expected Chameleon's, Lumina-mGPT's or ARRA's weights")
     if (folder / CONFIG_FILE).is_file():
-        return _read_hugging_face(source, folder, Fitting(dtype, (PROJECTOR, *ignore)), entry, vocabulary)
+        how = Fitting(dtype, (PROJECTOR, *ignore), empty=empty)
+        return _read_hugging_face(source, folder, how, entry, vocabulary, head_norm_rows)
     if (folder / PARAMS_FILE).is_file():
-        return _read_meta(folder, dtype, vocabulary)
+        return _read_meta(folder, Fitting(dtype, owned=True, empty=empty), vocabulary)
     raise ArraError(
         f"{folder}: neither {CONFIG_FILE} nor {PARAMS_FILE} in it, and tensors alone do not tell the heads; put the "
         "one that its publisher has beside the weights"
@@ -129,7 +134,12 @@ def read_chameleon(
 
 
 def _read_hugging_face(
-    source: Path, folder: Path, how: Fitting, entry: Entry, vocabulary: Mapping[str, int] | None
+    source: Path,
+    folder: Path,
+    how: Fitting,
+    entry: Entry,
+    vocabulary: Mapping[str, int] | None,
+    shared_rows: int | None,
 ) -> ReadChameleon:
     config = _config(folder)
     if config.get("model_type") != "chameleon":
@@ -143,6 +153,8 @@ def _read_hugging_face(
     weights = read_weights(source, entry=entry)
     rows = _norm_rows(weights, settings)
     lm, left = _filled(weights.state, settings, rows=rows, how=how, source=str(source))
+    if shared_rows is not None:
+        share_head_norms(lm, shared_rows, state=weights.state if how.empty else None)
     return ReadChameleon(
         lm=lm,
         settings=settings,
@@ -156,11 +168,11 @@ def _read_hugging_face(
     )
 
 
-def _read_meta(folder: Path, dtype: torch.dtype | None, vocabulary: Mapping[str, int] | None) -> ReadChameleon:
+def _read_meta(folder: Path, how: Fitting, vocabulary: Mapping[str, int] | None) -> ReadChameleon:
     files = read_meta(folder, vocabulary=_with_image_token(vocabulary))
     rows = len(files.ranks)
-    state = meta_state(files, dtype=dtype)
-    lm, left = _filled(state, files.settings, rows=rows, how=Fitting(dtype, owned=True), source=str(folder))
+    state = meta_state(_without_numbers(files) if how.empty else files, dtype=how.dtype)
+    lm, left = _filled(state, files.settings, rows=rows, how=how, source=str(folder))
     paths = tuple(path for weights in files.ranks for path in weights.files)
     return ReadChameleon(
         lm=lm,
@@ -173,6 +185,12 @@ def _read_meta(folder: Path, dtype: torch.dtype | None, vocabulary: Mapping[str,
         left=left,
         facts={"source": folder.name, "files": [path.name for path in paths]},
     )
+
+
+def _without_numbers(files: MetaFiles) -> MetaFiles:
+    """The same tensors on the meta device."""
+    ranks = [replace(one, state={key: value.to("meta") for key, value in one.state.items()}) for one in files.ranks]
+    return replace(files, ranks=tuple(ranks))
 
 
 def _with_image_token(vocabulary: Mapping[str, int] | None) -> dict[str, int] | None:
@@ -245,6 +263,7 @@ def _filled(
             return build_chameleon(settings, **parts)
 
     left = fit(lm, state, source=source, fresh=fresh, stray=STRAY, how=how)
-    rotary = lm.model.rotary_emb
-    lm.model.rotary_emb = type(rotary)(config=lm.config)  # its tables are no weights: made anew, off the meta device
+    if not how.empty:  # its tables are no weights: made anew, off the meta device
+        rotary = lm.model.rotary_emb
+        lm.model.rotary_emb = type(rotary)(config=lm.config)
     return lm.eval(), left

@@ -237,8 +237,10 @@ def _share(attention: Any, rows: int) -> None:
         setattr(attention, name, shared)
 
 
-def share_head_norms(lm: Any, rows: int) -> bool:
+def share_head_norms(lm: Any, rows: int, *, state: Mapping[str, Tensor] | None = None) -> bool:
     """Whether the q/k norms now share so many rows; where heads of one row differ nothing changes.
+
+    `state` has the numbers that are compared, where the network itself is on the meta device.
 
     Raises:
         ArraError: the number does not divide the heads.
@@ -250,8 +252,10 @@ def share_head_norms(lm: Any, rows: int) -> bool:
     for norm in norms:
         if rows < 1 or len(norm.weight) % rows:
             raise ArraError(f"q/k norms: {rows} rows do not divide {len(norm.weight)} heads; expected a divisor")
-        if not all(_repeated(part, rows) for part in (norm.weight, norm.bias)):
+        if state is None and not all(_repeated(part, rows) for part in (norm.weight, norm.bias)):
             return False
+    if not all(_repeated(value, rows) for key, value in (state or {}).items() if HEAD_NORM.search(key)):
+        return False
     for attention in attentions:
         _share(attention, rows)
     return True

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from arra.data.conditions import Prefix, text_prefixes
 from arra.errors import ArraError
 from arra.models import lean
 from arra.models.blocks import EMBEDDINGS, Block, RMSNorm, Rotary, attention_mask
 from arra.models.cache import KVCache
+from arra.models.dropout import dropped, path_factors, random_seeds, site_seeds
 from arra.models.head import CalledHead, Head, head_of
 from arra.models.hub import DecoderFromHub
 from arra.models.products import MIN_ROWS, is_unheard
@@ -95,13 +95,9 @@ class Decoder(nn.Module, DecoderFromHub):
         self.settings = settings
         self.text_tokenizer: TextTokenizer | None = None
         self.about: dict[str, Any] = {}  # free facts that model.json keeps: origin of the weights, text encoder
-        self.recompute = False
-        """Whether training keeps what enters each block alone, and computes the rest again in the backward pass."""
         self.cls_embedding: nn.Module = EMBEDDINGS[settings.condition](settings)
         self.tok_embeddings = nn.Embedding(settings.num_codes, settings.hidden_size)
-        self.tok_dropout = nn.Dropout(settings.token_dropout)
-        chances = torch.linspace(0, settings.drop_path, settings.num_layers, device="cpu").tolist()
-        self.layers = nn.ModuleList(Block(settings, drop_path=chance) for chance in chances)
+        self.layers = nn.ModuleList(Block(settings) for _ in range(settings.num_layers))
         self.norm = RMSNorm(settings.hidden_size, settings.norm_eps)
         self.output = nn.Linear(settings.hidden_size, settings.num_codes, bias=False)
         self.rotary = Rotary(settings)
@@ -122,6 +118,11 @@ class Decoder(nn.Module, DecoderFromHub):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.norm.weight.device
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, first to last, as parallelism and recomputing take them."""
+        return list(self.layers)
 
     def new_cache(self, batch_size: int) -> KVCache:
         """Room for whole sequences of `batch_size` rows, the last code excepted (nothing comes after it)."""
@@ -146,29 +147,42 @@ class Decoder(nn.Module, DecoderFromHub):
         capture: Sequence[int] = (),
         cache: KVCache | None = None,
         start: int = 0,
+        dropout_seeds: Int64[Tensor, "B"] | None = None,
     ) -> ModelOutput:
         """Hidden states of positions start..start+S-1; the state at position t predicts the code at t+1.
 
         `tokens` at prefix positions are class or text ids (anything for captions and REP), at later ones codes. False
         in `prefix_mask` marks padding. Rows of `null_caption` use the stored null caption. With a cache, positions
-        below `start` are read from it and the new ones written to it; without one `start` is 0.
+        below `start` are read from it and the new ones written to it; without one `start` is 0. While training,
+        `dropout_seeds` say what of each row is dropped, but for attention's own dropout; None draws them.
         """
         if start and cache is None:
             raise ValueError("start > 0 needs the cache that holds the positions before it")
         end = start + tokens.shape[1]
         table = self.rotary.table[start:end]
         mask = attention_mask(prefix_mask, start=start, end=end, device=tokens.device)
-        x = self.tok_dropout(self._embed(tokens, start, caption, null_caption))
+        x = self._embed(tokens, start, caption, null_caption)
+        seeds, paths = self._drops(tokens, dropout_seeds)
+        if seeds is not None:
+            x = dropped(x, self.settings.token_dropout, seeds[-1])
         captured = {0: x} if 0 in capture else {}
         if cache is not None and end == start + 1 and _steps_fast(self, x):
             return self._step(x, table, mask, cache, start, capture, captured)
-        again = self.recompute and torch.is_grad_enabled()
         for index, block in enumerate(self.layers):
-            parts = (x, table, mask, cache, index, start)
-            x = checkpoint(block, *parts, use_reentrant=False) if again else block(*parts)
+            drops = [None if each is None else each[index] for each in (seeds, paths)]
+            x = block(x, table, mask, cache, index, start, *drops)
             if index + 1 in capture:
                 captured[index + 1] = x
         return ModelOutput(self.norm(x), captured)
+
+    def _drops(self, tokens: Tensor, seeds: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """While training: the rows' seeds for each block and, last, for the embeddings; factors of every branch."""
+        if not self.training:
+            return None, None
+        if seeds is None:
+            seeds = random_seeds(len(tokens), tokens.device)
+        by_site, share = site_seeds(seeds, self.settings.num_layers + 1), self.settings.drop_path
+        return by_site, path_factors(by_site[:-1], share, site=2) if share else None
 
     def _step(
         self,

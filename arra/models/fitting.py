@@ -27,6 +27,8 @@ class Fitting:
     """Patterns of keys that, where missing, get a fresh initialisation."""
     owned: bool = False
     """Tensors are memory of their own already, so those of the right type are taken as they are."""
+    empty: bool = False
+    """Names, shapes and types alone: all stays on the meta device."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def fit(
     how: Fitting,
     what: str = "model",
 ) -> Fitted:
-    """What was left over; `model`, made on the meta device, now holds the weights in memory of its own.
+    """What was left over; `model`, made on the meta device, now holds the weights in memory of its own (or is `empty`).
 
     Tensors are copied one at a time, so a mapped file never stands in memory twice; `fresh` makes the same network
     with its initial weights, and is called only if some of them are wanted.
@@ -73,8 +75,13 @@ def fit(
     for key, target in expected.items():
         value = weights.pop(key)
         dtype = how.dtype if how.dtype is not None and target.is_floating_point() else value.dtype
-        ready[key] = value.to(dtype, memory_format=torch.contiguous_format, copy=not how.owned)
+        if how.empty:
+            ready[key] = torch.empty(value.shape, dtype=dtype, device="meta")
+        else:
+            ready[key] = value.to(dtype, memory_format=torch.contiguous_format, copy=not how.owned)
     model.load_state_dict(ready, assign=True)
+    if how.empty:
+        return Fitted(tuple(dropped), tuple(ignored), tuple(initialised))
     for module in model.modules():  # tables that are never saved: made anew by the module itself
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if own and all(tensor.is_meta for tensor in own):

@@ -4,6 +4,7 @@ Logits are `softcap * tanh(scale * (h w^T + b) / softcap)`: Cohere and Granite s
 training they exist a slice at a time, and their gradients are made while the slice is there: at 4,096 positions of a
 vocabulary of 65,536 the plain way holds several gibibytes (`benchmarks/objective.py`). Products run in the type of
 states and weights (autocast's where it is on); their results, the loss and the sums of gradients are float32 or wider.
+On CUDA Liger's kernel does it where it is installed and all positions count the same (`liger.py`).
 Letters: N positions, D model width, V vocabulary, K chosen rows of it.
 """
 
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from arra.models import lean
+from arra.models import lean, liger
 from arra.models.products import MIN_ROWS, is_unheard, product
 
 HEAD_BYTES = 2**25
-"""Logits that exist at one time: 128 positions of 65,536 tokens. Half as many cost a percent of speed."""
+"""Logits that exist at one time: 128 positions of 65,536 tokens. Half as many cost 7 percent of the loss's speed."""
+CUDA_HEAD_BYTES = 2**28
+"""The same on a GPU, which is done with fewer before its host has launched the kernels of the next slice."""
 CALLED_ROWS = 128
 """Positions at a time of a head that is called, whose width is not known before."""
 BLOCK_BYTES = 2**25
@@ -84,13 +87,21 @@ def head_loss(
     head: Head | CalledHead,
     labels: Int[Tensor, " N"],
     *,
-    shares: Float[Tensor, " N"],
+    shares: Float[Tensor, " N"] | float,
     z_weight: float = 0.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
     """Sums of next-token loss + z_weight * z, of the loss, and of z (squared log-partition), weighed by `shares`.
 
-    The first carries gradients, computed at once while each slice of the logits is there, for what needs them.
+    One number is the share of every position, which a tensor of equal ones cannot tell without looking at it. The first
+    sum carries gradients, computed at once while each slice of the logits is there, for what needs them.
     """
+    if isinstance(shares, float):
+        if isinstance(head, Head) and torch.is_grad_enabled():
+            kind = _kind(hidden, head.weight)
+            if liger.fits(hidden, kind=kind, softcap=head.softcap):
+                return _fused_loss(hidden, head, labels, shares, z_weight, kind)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        shares = torch.full((len(labels),), shares, dtype=wide, device=hidden.device)
     if isinstance(head, CalledHead):
         total, ntp, z = _called_loss(hidden, head, labels, shares, z_weight)
     elif torch.is_grad_enabled():
@@ -108,6 +119,7 @@ def head_losses(
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Next-token loss (nats) and squared log-partition of every position, without gradients."""
     ntp, z = (torch.empty(len(hidden), device=hidden.device) for _ in range(2))
+    head = _narrowed(head, _kind(hidden, head.weight)) if isinstance(head, Head) else head
     for part in _slices(hidden, head):
         ntp[part], z[part] = _position_losses(head(hidden[part]), labels[part])
     return ntp, z
@@ -120,8 +132,20 @@ def _position_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _slices(hidden: Tensor, head: Head | CalledHead) -> Iterator[slice]:
     """Runs of positions whose logits may exist together."""
-    size = CALLED_ROWS if isinstance(head, CalledHead) else max(1, HEAD_BYTES // (4 * head.weight.shape[0]))
+    most = CUDA_HEAD_BYTES if hidden.is_cuda else HEAD_BYTES
+    size = CALLED_ROWS if isinstance(head, CalledHead) else max(1, most // (4 * head.weight.shape[0]))
     return (slice(start, start + size) for start in range(0, len(hidden), size))
+
+
+def _fused_loss(
+    hidden: Tensor, head: Head, labels: Tensor, share: float, z_weight: float, kind: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`head_loss` by Liger's kernel, which knows no scale: it is the states' and the bias's."""
+    bias = head.bias
+    if head.scale != 1:
+        hidden, bias = hidden * head.scale, None if bias is None else bias * head.scale
+    total, ntp, z = liger.fused_loss(hidden, head.weight, bias, labels, z_weight=z_weight, kind=kind)
+    return share * total, share * ntp.detach(), share * z.detach()
 
 
 def _called_loss(hidden: Tensor, head: CalledHead, labels: Tensor, shares: Tensor, z_weight: float) -> list[Tensor]:
@@ -159,18 +183,24 @@ class _HeadLoss(torch.autograd.Function):
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         ]
         ntp, z = hidden.new_zeros((), dtype=wide), hidden.new_zeros((), dtype=wide)
+        head = _narrowed(head, kind)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _slices(hidden, head):
                 rows, wanted, share = hidden[part], labels[part, None], shares[part, None].to(wide)
                 logits = _bent(_raw_product(rows, head, kind), head)
-                chosen = logits.gather(1, wanted)
-                log_partition = logits.logsumexp(1, keepdim=True)
+                chosen, bend = logits.gather(1, wanted), _bend(logits, head)
+                # the exponentials serve loss and slope, where the logits were: another copy would cost a tenth more
+                most = logits.amax(1, keepdim=True)
+                slope = logits.sub_(most).exp_()
+                partition = slope.sum(1, keepdim=True)
+                log_partition = most + partition.log()
                 ntp += (share * (log_partition - chosen)).sum()
                 z += (share * log_partition.square()).sum()
-                bend = _bend(logits, head)
-                slope = logits.sub_(log_partition).exp_()
-                slope.mul_(share * (1 + 2 * z_weight * log_partition)).scatter_add_(1, wanted, -share)
-                _add_gradients(grads, slope.mul_(bend), rows, part, weight, kind)
+                slope.mul_(share * (1 + 2 * z_weight * log_partition) / partition).scatter_add_(1, wanted, -share)
+                if bend is not None:
+                    slope.mul_(bend)
+                _add_gradients(grads, slope, rows, part, head.weight, kind)
+                del logits, slope  # or two slices would exist while the next one is made
         ctx.gradients, ctx.types = grads, [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(ntp, z)
         return ntp + z_weight * z, ntp, z
@@ -194,18 +224,23 @@ def _add_gradients(
 ) -> None:
     """Nothing; what a slice of the raw logits' gradient means for states, weight and bias is added to theirs."""
     grad_hidden, grad_weight, grad_bias = grads
+    if grad_bias is not None:
+        grad_bias += slope.sum(0)
     if kind == torch.float16:
         kind = torch.float32  # it cannot hold slopes times shares
+    slope, rows = slope.to(kind), rows.to(kind)
     if grad_hidden is not None:
         for block in _blocks(weight, kind):
             grad_hidden[part] += _product(slope[:, block], weight[block], kind)
-    if grad_weight is not None and kind == weight.dtype == grad_weight.dtype == rows.dtype:
+    if grad_weight is None:
+        return
+    if kind == grad_weight.dtype:
         grad_weight.addmm_(slope.T, rows)
-    elif grad_weight is not None:
+    elif slope.is_cuda:
+        torch.addmm(grad_weight, slope.T, rows, out_dtype=grad_weight.dtype, out=grad_weight)
+    else:
         for block in _runs(weight):
             grad_weight[block] += _product(slope[:, block].T, rows, kind)
-    if grad_bias is not None:
-        grad_bias += slope.sum(0)
 
 
 def _raw_logits(rows: Tensor, head: Head) -> Tensor:
@@ -238,11 +273,16 @@ def _bent(logits: Tensor, head: Head | CalledHead) -> Tensor:
     return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
 
 
-def _bend(logits: Tensor, head: Head) -> Tensor | float:
-    """How fast logits move with raw ones."""
+def _bend(logits: Tensor, head: Head) -> Tensor | float | None:
+    """How fast logits move with raw ones; None where they are the same."""
     if head.softcap is None:
-        return head.scale
+        return None if head.scale == 1 else head.scale
     return (logits / head.softcap).square_().neg_().add_(1).mul_(head.scale)
+
+
+def _narrowed(head: Head, kind: torch.dtype) -> Head:
+    """The head with weights in the products' type where that is smaller: rounded once, not for every slice."""
+    return replace(head, weight=head.weight.to(kind)) if kind.itemsize < head.weight.dtype.itemsize else head
 
 
 def _kind(hidden: Tensor, weight: Tensor) -> torch.dtype:

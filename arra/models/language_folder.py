@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from arra.errors import ArraError
 from arra.models.causal import CausalLM, LanguageSettings
-from arra.models.weights import DAMAGE, shard_files
+from arra.models.weights import DAMAGE, read_weights, shard_files
 from arra.runs import atomic_write, writing
 from arra.tokenizers.prompts import PromptTokenizer, load_prompt_tokenizer
 
@@ -122,14 +122,14 @@ def read_language_card(folder: Path) -> LanguageCard:
     return LanguageCard(settings, text, about)
 
 
-def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> CausalLM:
-    """The model of a folder in eval mode.
+def load_language_model(folder: Path, *, dtype: torch.dtype | None, empty: bool = False) -> CausalLM:
+    """The model of a folder in eval mode; `empty` as in `read_language_model`.
 
     Raises: ArraError when files are missing or damaged, or do not fit together.
     """
     card = read_language_card(folder)
     settings = card.settings
-    lm = read_language_model(folder, dtype=dtype, head_norm_rows=settings.head_norm_rows)
+    lm = read_language_model(folder, dtype=dtype, head_norm_rows=settings.head_norm_rows, empty=empty)
     model = CausalLM(
         lm,
         layout=settings.layout,
@@ -176,8 +176,13 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_language_model(folder: Path, *, dtype: torch.dtype | None, head_norm_rows: int | None = None) -> nn.Module:
+def read_language_model(
+    folder: Path, *, dtype: torch.dtype | None, head_norm_rows: int | None = None, empty: bool = False
+) -> nn.Module:
     """A causal LM of `transformers` in eval mode; nothing in the folder can run, nothing outside is read.
+
+    `empty` reads no weights: the same network on the meta device, all tensors with their names, shapes and types, ties
+    and whether they are trained, for one that gets its weights from elsewhere.
 
     Raises: ArraError when it cannot be read, or lacks weights.
     """
@@ -193,12 +198,12 @@ def read_language_model(folder: Path, *, dtype: torch.dtype | None, head_norm_ro
         config = AutoConfig.from_pretrained(folder, **told)
         config._attn_implementation = None  # it may name a repository whose code would be fetched and run
         if config.model_type == "chameleon":
-            from arra.models.chameleon import read_chameleon, share_head_norms
+            from arra.models.chameleon import read_chameleon
 
-            lm = read_chameleon(folder, dtype=dtype).lm
-            if head_norm_rows is not None:
-                share_head_norms(lm, head_norm_rows)
-            return lm.eval()
+            found: nn.Module = read_chameleon(folder, dtype=dtype, head_norm_rows=head_norm_rows, empty=empty).lm
+            return found.eval()
+        if empty:
+            return _empty_language_model(folder, config, dtype)
         with quiet():  # what it would warn of is refused below
             lm, info = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -233,6 +238,22 @@ def read_language_model(folder: Path, *, dtype: torch.dtype | None, head_norm_ro
         )
     loaded: nn.Module = lm.eval()
     return loaded
+
+
+def _empty_language_model(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Module:
+    """The network of a configuration on the meta device; without a `dtype` of the type that the folder names."""
+    from transformers import AutoModelForCausalLM
+
+    kind = dtype or getattr(config, "dtype", None) or _stored_type(folder)
+    with quiet(), torch.device("meta"):
+        lm: nn.Module = AutoModelForCausalLM.from_config(config, dtype=kind)
+    return lm.eval()
+
+
+def _stored_type(folder: Path) -> torch.dtype:
+    """The type of the first numbers in a folder's weights, which `transformers` goes by where nothing else tells."""
+    state = read_weights(folder).state
+    return next(value.dtype for value in state.values() if value.is_floating_point())
 
 
 def _check_folder(folder: Path) -> None:

@@ -5,17 +5,18 @@ each position of a block. These functions keep 12 of the width: the residual str
 feed-forward, queries, keys, values and what attention gave, the two branches of the gate, and dropout masks of one
 byte. No matrix product is done twice. Results are those of the plain formulas in `blocks.py`, which serve wherever
 `usable` says no. The loss on the logits is `head.py`'s.
-Letters: N positions (batch times sequence), S sequence, H heads, E head size, D model width, I inner width.
+Letters: B batch, N positions (batch times sequence), S sequence, H heads, E head size, D model width, I inner width.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from arra.models.dropout import keep_mask, scale
 from arra.models.products import inferred, is_plain, product
 
 
@@ -156,23 +157,24 @@ def turn_heads(
     torch.view_as_complex(heads[:, :, :turning].unflatten(-1, (-1, 2))).mul_(turns.conj() if back else turns)
 
 
-def drop_add(x: Float[Tensor, "*any D"], y: Float[Tensor, "*any D"], p: float) -> Float[Tensor, "*any D"]:
-    """x + dropout(y), with the mask that `nn.Dropout` would draw."""
-    return _DropAdd.apply(x, y, p) if p else x + y
+def drop_add(
+    x: Float[Tensor, "B *any"], y: Float[Tensor, "B *any"], p: float, seeds: Int64[Tensor, " B"], *, site: int
+) -> Float[Tensor, "B *any"]:
+    """x + dropout(y), with the mask of `dropout.dropped`."""
+    return _DropAdd.apply(x, y, keep_mask(seeds, y.shape[1:], site=site, p=p), scale(p)) if p else x + y
 
 
 class _DropAdd(torch.autograd.Function):
     """Keeps one byte for each element."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, p: float) -> Tensor:
-        kept = torch.empty_like(y, dtype=torch.bool).bernoulli_(1 - p)
+    def forward(ctx: Any, x: Tensor, y: Tensor, kept: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(kept)
-        ctx.scale = 1 / (1 - p)
-        return torch.addcmul(x, y, kept.to(y.dtype), value=ctx.scale)
+        ctx.scale = scale
+        return torch.addcmul(x, y, kept.to(y.dtype), value=scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (kept,) = ctx.saved_tensors
-        return grad, (grad * kept).mul_(ctx.scale), None
+        return grad, (grad * kept).mul_(ctx.scale), None, None

@@ -41,7 +41,8 @@ class DecoderSettings(Settings):
     resid_dropout: float = Field(default=0.1, ge=0, lt=1)
     ffn_dropout: float = Field(default=0.1, ge=0, lt=1)
     attn_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of attention weights; LlamaGen's models have none."""
+    """Of attention weights; LlamaGen's models have none. Drawn within the attention itself: unlike all other dropout it
+    differs with ranks and micro-batches."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Chance that a sample skips what the last block adds; it rises from 0 at the first one (stochastic depth)."""
     initializer_range: float = 0.02

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from arra.report.grids import data_url
-from arra.report.page import styled_page
+from arra.report.style import styled_page
 
 PAGE_FILE = "check.html"
 Level = Literal["error", "warning", "note"]

@@ -14,7 +14,8 @@ from PIL import Image
 from arra.evaluate.lab import Estimate, Measure, MeasureTable, RowEstimate
 from arra.report import plots
 from arra.report.grids import data_url
-from arra.report.page import format_seconds, glossary, metric_name, number_text, styled_page
+from arra.report.page import glossary, metric_name, number_text
+from arra.report.style import ACCENTS, format_seconds, styled_page
 from arra.runs import atomic_write
 
 PAGE_FILE = "lab.html"
@@ -84,7 +85,7 @@ def write_lab(page: LabPage, folder: Path) -> Path:
 def lab_html(page: LabPage) -> str:
     """The page as HTML."""
     rows = [one.row for one in page.budgets]
-    colors = {row: plots.ACCENTS[place % len(plots.ACCENTS)] for place, row in enumerate(rows)}
+    colors = {row: ACCENTS[place % len(ACCENTS)] for place, row in enumerate(rows)}
     return styled_page(
         "lab.html.j2",
         labels=rows,

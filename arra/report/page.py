@@ -11,11 +11,9 @@ Letters: R prompts, S seeds, H height, W width.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from jaxtyping import UInt8
 
@@ -23,6 +21,8 @@ from arra.errors import ArraError
 from arra.evaluate.card import Card, Result
 from arra.evaluate.compare import Difference, SeedDifference
 from arra.report import grids, plots
+from arra.report.run_page import WATCHED, last_watched
+from arra.report.style import ACCENTS, format_seconds, template
 
 REPORT_FILE = "report.html"
 
@@ -92,13 +92,6 @@ _SPLITS = {
     "composed": "Every word was seen in training, this combination was not.",
     "novel": "The concept itself was not seen in training.",
 }
-_WATCHED = {
-    "cka": "CKA of states and '{encoder}', by layer",
-    "linear_cosine": "Linear projector to '{encoder}', cosine",
-    "probe_cosine": "Probe of '{encoder}', cosine",
-    "gradient_cosine": "Angle of the two gradients, '{encoder}'",
-}
-"""Measures of a watched row that are drawn by layer, and the title."""
 _IN_ORDER = "position, in runs of raster order"
 _HEADLINE_METRICS = (
     "caption_gain", "class_gain", "caption_retrieval_at_1", "class_retrieval_at_1", "retrieval_at_10", "frechet",
@@ -199,9 +192,9 @@ def build_report(
     if not runs:
         raise ArraError("a report needs at least one run; name a run folder")
     labels = list(dict.fromkeys(run.label for run in runs))
-    colors = {label: plots.ACCENTS[i % len(plots.ACCENTS)] for i, label in enumerate(labels)}
+    colors = {label: ACCENTS[i % len(ACCENTS)] for i, label in enumerate(labels)}
     ceiling = ceiling or _ceiling_of(runs)
-    html = _template().render(
+    html = template("page.html.j2").render(
         title=title,
         labels=labels,
         colors=colors,
@@ -294,37 +287,6 @@ def equal_budgets(runs: Sequence[RunView]) -> list[Budget]:
         ]
         budgets.append(Budget(what="Equal training time", at=format_seconds(end), values=_means(at_time)))
     return budgets
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration as a person says it: `42 s`, `3 min 20 s`, `1 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def styled_page(
-    template: str, *, labels: Sequence[str] = (), colors: Mapping[str, str] | None = None, **values: Any
-) -> str:
-    """Another page of this room as HTML, in the report's style, with the labels' colours."""
-    style = _source("page.html.j2").partition("<style>")[2].partition("</style>")[0]
-    told = _environment().from_string(style).render(labels=labels, colors=colors or {})
-    return _environment().from_string(_source(template)).render(style=told, **values)
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-
-
-def _source(template: str) -> str:
-    return files("arra.report").joinpath(template).read_text(encoding="utf-8")
-
-
-def _template() -> jinja2.Template:
-    return _environment().from_string(_source("page.html.j2"))
 
 
 def _lead(one: Difference | SeedDifference, comparison: Comparison) -> str:
@@ -537,10 +499,10 @@ def _of_term(key: str) -> str:
 
 def _watch_images(runs: Sequence[RunView], colors: Mapping[str, str]) -> list[tuple[str, str]]:
     """(what it shows, image address) of what was watched while training, as it was at each run's end."""
-    last = [(run.label, _last_watched(run.rows)) for run in runs]
+    last = [(run.label, last_watched(run.rows)) for run in runs]
     drawn = []
     for encoder in dict.fromkeys(row["encoder"] for _, rows in last for row in rows if "term" not in row):
-        for key, title in _WATCHED.items():
+        for key, title in WATCHED.items():
             curves = []
             for label, rows in last:
                 own = [row for row in rows if "term" not in row and row["encoder"] == encoder and key in row]
@@ -562,11 +524,6 @@ def _watch_images(runs: Sequence[RunView], colors: Mapping[str, str]) -> list[tu
                 told = f"Trained term '{name}', {key} by position"
                 drawn.append((told, plots.layer_plot(curves, title=told, y_label="", x_label=_IN_ORDER)))
     return drawn
-
-
-def _last_watched(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    watched = [row for row in rows if row.get("kind") == "watch"]
-    return [row for row in watched if row["step"] == watched[-1]["step"]]
 
 
 def _curve_of(label: str, points: Sequence[tuple[float, float]], colors: Mapping[str, str]) -> plots.Curve:

@@ -14,10 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# One accent per label, in order of appearance: each keeps a contrast of at least 3 to both papers of the page, and blue
-# and orange stay apart under the common colour blindnesses.
-ACCENTS = ("#3d7ec7", "#d9622b", "#8a7bb8", "#3c9a78", "#b0863a", "#c05b8c")
-
 _INK = "#123321"  # stands for the text colour of the page while matplotlib draws; replaced by currentColor
 _ADAPTIVE = "<style>svg{color:#3b4048}@media (prefers-color-scheme:dark){svg{color:#b9c0ca}}</style>"
 

@@ -7,8 +7,8 @@ report. Names of runs and encoders are other people's text: the template escapes
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arra.report.page import styled_page
-from arra.report.plots import ACCENTS, Curve, layer_plot, position_maps
+from arra.report.plots import Curve, layer_plot, position_maps
+from arra.report.style import ACCENTS, styled_page
 
 PAGE_FILE = "probe.html"
 MAX_MAPS = 12

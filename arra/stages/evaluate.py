@@ -6,12 +6,14 @@ Legend: N pictures, F judge features.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import safetensors.torch
 import torch
+from jaxtyping import Int
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +28,7 @@ from arra.encoders.dual import DualEncoder, load_dual_encoder, padded_ids, save_
 from arra.errors import ArraError
 from arra.evaluate.card import Evaluation, ProtocolValue, values_key
 from arra.evaluate.evaluation import HeldOutSplit, encode_all, evaluate_model, paint_split
+from arra.evaluate.likelihood import Asked
 from arra.runs import atomic_write
 from arra.stages.captions import Encodes, StoreCaptions, store_text_tokenizer
 from arra.stages.conditions import asked_of, class_names, open_conditions
@@ -111,38 +114,58 @@ def held_out_splits(
         rows = store.rows(name, columns=columns)
         if recipe.evaluate.max_images is not None and len(rows) > recipe.evaluate.max_images:
             rows = rows[np.linspace(0, len(rows) - 1, recipe.evaluate.max_images).round().astype(int)]
-        table = store.table(["prompt", "group"]).take(pa.array(rows))
-        prompts, groups = table.column("prompt").to_pylist(), table.column("group").to_pylist()
-        numbers = {group: i for i, group in enumerate(sorted(set(groups)))}
+        wanted = wanted_of(recipe, store, rows)
         codes = held_out_codes(recipe, store, loaded.tokenizer, rows)
         reconstructions = loaded.tokenizer.decode(codes)
         features = _judged(recipe, store, rows, reconstructions, split=name, progress=progress)
         captions = None
         if caption_judge is not None and text is not None:
-            captions = caption_judge.embed_captions(padded_ids([text.encode(prompt) for prompt in prompts]))
-        labels, ask = None, None
-        if recipe.model.condition != "text":
-            conditions = open_conditions(recipe, store, rows, None)
-            ask = asked_of(conditions, store, rows)
-            if isinstance(conditions, ClassConditions):
-                labels, names = conditions.labels, class_names(store, conditions.null)
-                prompts = [names[label] for label in labels.tolist()]
+            captions = caption_judge.embed_captions(padded_ids([text.encode(prompt) for prompt in wanted.captions]))
         splits.append(
             HeldOutSplit(
                 name=name,
-                prompts=prompts,
+                prompts=wanted.prompts,
                 codes=codes,
-                groups=torch.tensor([numbers[group] for group in groups]),
+                groups=wanted.groups,
                 reconstructions=reconstructions,
                 reconstruction_features=features["reconstructions"],
                 raw=held_out_pixels(recipe, store, rows) if "raw" in features else None,
                 raw_features=features.get("raw"),
                 captions=captions,
-                labels=labels,
-                ask=ask,
+                labels=wanted.labels,
+                ask=wanted.ask,
             )
         )
     return splits
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a model is asked for some records, and what is known of them."""
+
+    captions: list[str]
+    prompts: list[str]
+    """In words: captions, or names of classes."""
+    groups: Int[Tensor, " N"]
+    labels: Int[Tensor, " N"] | None
+    """Classes, for models that are asked for classes."""
+    ask: Asked | None
+    """None tells the prompts."""
+
+
+def wanted_of(recipe: Recipe, store: Store, rows: np.ndarray) -> Wanted:
+    """What a model of the recipe is asked for some records."""
+    table = store.table(["prompt", "group"]).take(pa.array(rows))
+    captions, groups = table.column("prompt").to_pylist(), table.column("group").to_pylist()
+    numbers = {group: i for i, group in enumerate(sorted(set(groups)))}
+    told, labels, ask = captions, None, None
+    if recipe.model.condition != "text":
+        conditions = open_conditions(recipe, store, rows, None)
+        ask = asked_of(conditions, store, rows)
+        if isinstance(conditions, ClassConditions):
+            labels, names = conditions.labels, class_names(store, conditions.null)
+            told = [names[label] for label in labels.tolist()]
+    return Wanted(captions, told, torch.tensor([numbers[group] for group in groups]), labels, ask)
 
 
 def _judged(

@@ -11,6 +11,7 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ from arra.stages.pictures import require_columns, tokenizer_if_given
 from arra.stages.prepare import prepare
 from arra.stages.report import grid_references, grid_samples, painted_pictures
 from arra.stages.tasks import Failure, Task, evaluate_tasks, finished, train_tasks
-from arra.stages.train import first_model, training_data
+from arra.stages.train import epoch_length, first_model, training_data
 from arra.train.alignment import build_alignment
 from arra.train.flops import count_flops
 from arra.train.loop import Trainer
@@ -142,9 +143,11 @@ def _run_stages(
     set_threads(1)  # on a few shared cores a second thread of one process waits more than it works
     console = display.console
     store = prepare_store(recipes, out / "store", display)
+    records = epoch_length(next(iter(recipes.values())), store)
+    recipes = {row: recipe.resolved(records) for row, recipe in recipes.items()}
     budgets = equal_compute(recipes, store, charge_teacher=options.charge_teacher, display=display)
     console.print(budget_table(budgets, charged=options.charge_teacher))
-    tasks = list(plan_tasks(options, source, recipes, budgets, out))
+    tasks = list(plan_tasks(options, source, recipes, budgets, out, records=records))
     refuse_other_runs(tasks)
     failures = train_tasks(tasks, out / "store", display, processes=options.processes, keep_going=True)
     trained = [task for task in tasks if finished(task)]
@@ -256,8 +259,8 @@ def step_phases(recipe: Recipe, store: Store) -> list[Phase]:
         batch = data.batches.batch(0)
         phases = []
         for start in sorted(starts):
-            trainer.step = start
-            phases.append(Phase(start, count_flops(lambda: trainer.accumulate(batch))))
+            passes = partial(trainer.passes.gradients, batch, step=start)
+            phases.append(Phase(start, count_flops(passes)))
     finally:
         data.pictures.close()
     return phases
@@ -322,7 +325,13 @@ def budget_table(budgets: Sequence[RowBudget], *, charged: bool) -> Table:
 
 
 def plan_tasks(
-    options: LabOptions, source: Path, recipes: Mapping[str, Recipe], budgets: Sequence[RowBudget], out: Path
+    options: LabOptions,
+    source: Path,
+    recipes: Mapping[str, Recipe],
+    budgets: Sequence[RowBudget],
+    out: Path,
+    *,
+    records: int | None = None,
 ) -> Iterator[Task]:
     """The runs, seed by seed, so that an interrupted lab has whole comparisons first."""
     steps = {one.row: one.steps for one in budgets}
@@ -335,7 +344,7 @@ def plan_tasks(
                 f"train.seed={seed}",
                 f"model.seed={recipe.model.seed + number}",
             )
-            yield Task(row, seed, out / row / f"seed-{seed}", own, f"{row} {seed}", source)
+            yield Task(row, seed, out / row / f"seed-{seed}", own, f"{row} {seed}", source, records)
 
 
 def refuse_other_runs(tasks: Sequence[Task]) -> None:

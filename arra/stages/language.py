@@ -5,6 +5,7 @@ Legend: N records of a split, h w code grid.
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -290,16 +291,34 @@ def _text_of(line: bytes, *, where: str) -> str:
     return str(row["text"])
 
 
-def first_language_model(recipe: Recipe, card: LanguageCard) -> CausalLM:
+def first_language_model(recipe: Recipe, card: LanguageCard, *, empty: bool = False) -> CausalLM:
     """The model before its first step: read, with what is not trained frozen, and adapters where they are wanted.
 
+    `empty` makes the same network on the meta device, for one that gets its weights from elsewhere, and reads none.
+
     Raises:
-        ArraError: the folder cannot be read, or a needed library is missing.
+        ArraError: the folder cannot be read, a needed library is missing, or an empty model should be quantised.
     """
     section = language_section(recipe)
+    if empty and section.four_bit:
+        raise ArraError(
+            "model.llm.four_bit: weights in four bits cannot be shared out over ranks; set train.parallel.kind: ddp, "
+            "or four_bit: false"
+        )
     dtype = DTYPES[section.frozen_dtype]
-    model = load_language_model(Path(section.folder), dtype=dtype)
+    model = load_language_model(Path(section.folder), dtype=dtype, empty=empty)
     model.settings = card.settings
+    with torch.device("meta") if empty else nullcontext():
+        return prepare_language_model(recipe, model)
+
+
+def prepare_language_model(recipe: Recipe, model: CausalLM) -> CausalLM:
+    """The model, made ready to train: what is not trained is frozen, and adapters are there where they are wanted.
+
+    Raises:
+        ArraError: a layer that is aligned, or one to adapt, is none of the model's.
+    """
+    section = language_section(recipe)
     for where, term in recipe.align_terms():
         if term.layer > model.num_layers:
             raise ArraError(
@@ -307,9 +326,9 @@ def first_language_model(recipe: Recipe, card: LanguageCard) -> CausalLM:
             )
     if section.dropout:
         model.drop_residuals(section.dropout)
-    rows = sorted(card.settings.layout.image_ids())
+    rows = sorted(model.layout.image_ids())
     if section.four_bit:
-        quantize(model.lm, compute_dtype=dtype)
+        quantize(model.lm, compute_dtype=DTYPES[section.frozen_dtype])
     if section.train == "lora":
         add_lora(model.lm, section.lora or LoraSettings(), rows=rows, seed=recipe.model.seed)
     elif section.train == "head":
@@ -318,7 +337,6 @@ def first_language_model(recipe: Recipe, card: LanguageCard) -> CausalLM:
         model.lm.requires_grad_(True)
         if hasattr(model.base, "vqmodel"):  # Chameleon's image tokenizer is none of the language model
             model.base.vqmodel.requires_grad_(False)
-    model.recompute = recipe.train.recompute
     return model
 
 

@@ -1,6 +1,7 @@
 """The decoder of a recipe: its settings with what the data decide, and its first weights, fresh or given."""
 
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +95,20 @@ def decoder_settings(
     )
 
 
-def build_model(recipe: Recipe, settings: DecoderSettings, *, text: TextTokenizer | None) -> Decoder:
+def build_model(
+    recipe: Recipe, settings: DecoderSettings, *, text: TextTokenizer | None, empty: bool = False
+) -> Decoder:
     """The decoder before its first step; fresh weights are a function of `model.seed`.
+
+    `empty` makes the same network on the meta device, for one that gets its weights from elsewhere, and reads none.
 
     Raises:
         ArraError: the given weights are of another model.
     """
     torch.manual_seed(recipe.model.seed)
-    model = Decoder(settings)
-    if recipe.model.weights is not None:
+    with torch.device("meta") if empty else nullcontext():
+        model = Decoder(settings)
+    if recipe.model.weights is not None and not empty:
         start_from(model, recipe.model.weights)
     model.text_tokenizer = text
     return model

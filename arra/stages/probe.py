@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors
 import torch
 from rich.console import Group
 from rich.table import Table
@@ -27,7 +26,7 @@ from arra.errors import ArraError
 from arra.models import CausalLM, Painter
 from arra.models.language_folder import LanguageCard
 from arra.report.probe_page import PAGE_FILE, probe_page
-from arra.runs import atomic_write, file_hash
+from arra.runs import atomic_write
 from arra.stages.language import first_language_model, language_card
 from arra.stages.makers import center_variant, crop_of, used_choices
 from arra.stages.origin import columns_of, noted
@@ -38,6 +37,7 @@ from arra.stages.watch import open_watcher
 from arra.tokenizers.prompts import PromptTokenizer
 from arra.tokenizers.text import TextTokenizer
 from arra.train.alignment import Alignments, build_alignment
+from arra.train.checkpoints import read_tensors, saved_step
 from arra.train.watch import Measured, count_layers
 
 RESULT_FILE = "probe.json"
@@ -242,22 +242,12 @@ def checkpoint_tensors(folder: Path, step: int, *, must: bool) -> dict[str, Tens
     Raises:
         ArraError: with `must`, it is gone or damaged; those that are there are named.
     """
-    path = folder / "checkpoints" / f"step-{step:07d}.safetensors"
     try:
-        expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
-        if file_hash(path) != expected:
-            raise ValueError("its hash is not the one it was saved with")
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if not name.startswith("optimizer.")]  # noqa: SIM118  no dict
-            return {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError as error:
-        steps = sorted(int(each.stem.removeprefix("step-")) for each in (folder / "checkpoints").glob("step-*.json"))
+        saved = saved_step(folder / "checkpoints", step)
+        return read_tensors(saved, [name for name in saved.tensors if not name.startswith("optimizer.")])
+    except ArraError:
         if must:
-            listed = ", ".join(map(str, steps)) or "none"
-            raise ArraError(f"{folder}: no checkpoint of step {step}; there are {listed}") from error
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        if must:
-            raise ArraError(f"{path}: damaged ({error}); name another --checkpoint") from error
+            raise
     return None
 
 

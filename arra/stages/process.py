@@ -33,6 +33,11 @@ def started_by_demo() -> bool:
     return PARENT in os.environ
 
 
+def is_first_process() -> bool:
+    """Whether this process does the talking: the only one of a command, or the first of those of torchrun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def leave_with_parent() -> None:
     """Nothing; if the process that started this one dies, this one is asked to save and leave."""
     parent = os.environ.get(PARENT)

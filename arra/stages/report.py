@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arra.errors import ArraError
-from arra.evaluate.card import Evaluation, values_key
+from arra.evaluate.card import CARD_FILE, Evaluation, values_key
 from arra.evaluate.compare import compare, compare_seeds
 from arra.report.grids import GridColumn, png_bytes, readme_grid
 from arra.report.page import NOTE_SAME_FAMILY, Comparison, HeldOut, RunView, Samples, build_report
 from arra.runs import atomic_write
 from arra.stages.evaluate import PICTURES_FILE, SAME_FAMILY
+from arra.stages.live import live_page
 from arra.stages.origin import noted
 from arra.stages.paint import LoadedRun, load_run
 
@@ -22,11 +23,14 @@ from arra.stages.paint import LoadedRun, load_run
 def report(folders: Sequence[Path], out: Path, *, title: str, timings: Sequence[tuple[str, float]] = ()) -> Path:
     """The page that compares evaluated runs; the first run's row is the one the others are held against.
 
-    Runs of one row are training seeds of it. Beside the page lies `grid.png`, the first split's pictures.
+    Runs of one row are training seeds of it. Beside the page lies `grid.png`, the first split's pictures. Of a single
+    run that is not evaluated it is the page of its training, as far as that has come.
 
     Raises:
         ArraError: a run is not evaluated, or two were measured differently.
     """
+    if len(folders) == 1 and not (folders[0] / CARD_FILE).is_file():
+        return live_page(folders[0], out=out)
     loaded = [load_run(folder) for folder in folders]
     evaluations = {folder: Evaluation.load(folder) for folder in folders}
     labels = run_labels(loaded)

@@ -40,11 +40,13 @@ class Task:
     """What the display calls it."""
     source: Path
     """The recipe's file; a name alone would find a folder of that name in the working folder."""
+    records: int | None = None
+    """Training pictures of an epoch, where durations may be in epochs."""
 
     @cached_property
     def recipe(self) -> Recipe:
         """The task's resolved recipe."""
-        return load_recipe(self.source, row=self.row, overrides=self.overrides)
+        return load_recipe(self.source, row=self.row, overrides=self.overrides).resolved(self.records)
 
     @property
     def log(self) -> Path:

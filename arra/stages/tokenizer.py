@@ -4,6 +4,7 @@ sources -> store's records -> pictures, from memory or read while training -> `s
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +160,9 @@ def _forget_other_training(folder: Path, made_from: Mapping[str, Any]) -> None:
     except (FileNotFoundError, ValueError):
         same = False
     if not same:
-        for old in (folder / CARD_FILE, folder / "metrics.jsonl", *folder.glob("checkpoints/step-*")):
+        for old in (folder / CARD_FILE, folder / "metrics.jsonl"):
             old.unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         atomic_write(begun, json.dumps(made_from))
 
 

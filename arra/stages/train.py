@@ -3,14 +3,15 @@
 Legend: N records, P image positions, F feature.
 """
 
-import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -18,12 +19,13 @@ from arra.config import Recipe, dump_recipe
 from arra.data.batches import Batches, HeldOutBatches, TrainBatch
 from arra.data.language import LayoutWriter, MixedBatches
 from arra.data.loading import default_workers
+from arra.data.order import Order
 from arra.data.records import source_names
 from arra.data.store import Store
-from arra.distributed import choose_device, set_threads
+from arra.distributed import Ranks, joined_ranks, own_device, set_threads
 from arra.encoders import SPECS, encoder_spec
 from arra.errors import ArraError
-from arra.models import Decoder, Painter, save_model
+from arra.models import Decoder, Painter, save_model, save_outline
 from arra.models.adapters import load_bitsandbytes
 from arra.models.causal import CausalLM
 from arra.models.language_folder import CARD_FILE as LANGUAGE_CARD
@@ -46,6 +48,7 @@ from arra.stages.language import (
     text_hash,
     text_rows,
 )
+from arra.stages.live import live_page, training_note
 from arra.stages.makers import center_variant, crop_of, used_choices
 from arra.stages.model import (
     WEIGHTS_NAMES,
@@ -66,6 +69,7 @@ from arra.stages.pictures import (
     tokenizer_if_given,
 )
 from arra.stages.process import Progress, locked, silent
+from arra.stages.quality import open_quality
 from arra.stages.tokenizer import tokenizer_folder
 from arra.stages.watch import open_watcher
 from arra.tokenizers import ImageTokenizer
@@ -73,12 +77,41 @@ from arra.tokenizers.image import CARD_FILE, WEIGHTS_FILE
 from arra.tokenizers.text import TextTokenizer
 from arra.train.alignment import build_alignment, check_features, count_parameters
 from arra.train.loop import Trainer
+from arra.train.out_of_memory import out_of_memory_told
+from arra.train.parallel import SHARDED, can_be_cut, chosen_kind, memory_of, state_bytes
+from arra.train.trackers import open_trackers, require_package
+from arra.train.watch import Watcher
 
 NUM_PREVIEWS = 8
 MODEL_FILES = (LANGUAGE_CARD, "config.json", *WEIGHTS_NAMES, WEIGHTS_FILE)
 """What a folder of a model or a tokenizer has, and a run not before its end."""
 MAX_TEXT_ROWS, TEXT_ROWS_AT_A_TIME = 256, 16
 """Of held-out text on which a language model is watched."""
+FREE = tuple(
+    f"train.{name}"
+    for name in (
+        "checkpoint_every_steps",
+        "checkpoint_in_background",
+        "compile",
+        "device",
+        "ema_offload",
+        "keep_best",
+        "keep_checkpoints",
+        "keep_every_steps",
+        "micro_batch_size",
+        "parallel",
+        "recompute",
+        "threads",
+        "trackers",
+        "trouble.hang_seconds",
+        "trouble.most",
+        "trouble.nonfinite",
+        "trouble.skip_batches",
+        "trouble.spike",
+        "trouble.spike_deviations",
+    )
+)
+"""What may change from one start of a run to the next: it leaves what is computed as it is, but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +239,16 @@ def language_data(
     }
 
 
+def epoch_length(recipe: Recipe, store: Store) -> int:
+    """Pictures of an epoch: every training record as often as its source's weight says.
+
+    Raises:
+        ArraError: the recipe weighs other sources than the store was made from.
+    """
+    counts = store.source_counts(store.rows("train", columns=columns_of(recipe)))
+    return Order(counts, source_weights(recipe, store) or (1.0,) * len(counts), recipe.train.seed).epoch_length
+
+
 def source_weights(recipe: Recipe, store: Store) -> tuple[float, ...] | None:
     """How often an epoch visits the records of each of the store's sources; None where all count once.
 
@@ -225,10 +268,10 @@ def source_weights(recipe: Recipe, store: Store) -> tuple[float, ...] | None:
 
 
 def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, progress: Progress = silent) -> Run:
-    """The finished run: trained to the last step, resuming if it was begun.
+    """The finished run: trained to the last step, resuming if it was begun; under torchrun on all its processes.
 
     Raises:
-        ArraError: the folder holds another recipe's run, the store does not fit the recipe, or torchrun started many.
+        ArraError: the folder holds another recipe's run, the store does not fit the recipe, or training went wrong.
         TrainingInterrupted: a signal asked to stop; run again to continue.
     """
     if recipe.data.crop.kind == "buckets" and recipe.model.llm is None:
@@ -236,97 +279,270 @@ def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, 
             f"data.crop: '{recipe.data.crop.kind}' gives pictures of many shapes, this model paints one grid; "
             "use center, flip, ten_crop or random"
         )
-    if (ranks := os.environ.get("WORLD_SIZE", "")) not in ("", "1"):
-        raise ArraError(f"train: started as one of {ranks} processes (WORLD_SIZE), trains with one; start it by itself")
     set_threads(recipe.train.threads)
     torch.set_flush_denormal(True)  # optimiser states of rare words decay into denormals, which are slow
-    tokenizer = tokenizer_if_given(recipe, store)
-    require_columns(recipe, store, tokenizer, columns_of(recipe))
-    manifest = {
-        "store_sha256": store.manifest_hash(*columns_of(recipe)),
-        "tokenizer": recipe.tokenizer.name if tokenizer is None else tokenizer.name,
-        "tokenizer_sha256": None if tokenizer is None else tokenizer.weights_hash,
-        "codes_of": None if tokenizer is None else tokenizer.codes_of,
-        "seed": recipe.train.seed,
-        "threads": torch.get_num_threads(),
-    }
-    start = given_weights(recipe)
-    if start is not None:
-        manifest["weights_sha256"] = weights_hash(start)
-    if recipe.model.llm is not None and recipe.model.llm.text is not None:
-        manifest["text_sha256"] = text_hash(recipe.model.llm.text)
-    begun = (folder / "recipe.yaml").is_file()
-    if not begun:
-        refuse_models_folder(folder)
-        if recipe.train.optimizer == "adamw8bit":  # a missing library leaves no run behind either
-            load_bitsandbytes("train.optimizer: adamw8bit")
-    if begun and is_finished(run := Run.create(folder, dump_recipe(recipe), manifest), recipe):
-        with suppress(ArraError):  # it may lie on a read-only disk
-            note_store(folder, store)
+    device = own_device(recipe.train.device)
+    parallel = recipe.train.parallel
+    with joined_ranks(device, even_alone=parallel.kind in SHARDED or parallel.offload) as ranks:
+        if ranks.size > recipe.train.batch_size:
+            raise ArraError(
+                f"train.batch_size: {recipe.train.batch_size} pictures cannot be shared by {ranks.size} processes; "
+                "raise it, or start fewer"
+            )
+        recipe = recipe.resolved(epoch_length(recipe, store))
+        work = Work(recipe, store, folder, ranks, device, previews, progress if ranks.is_first else silent)
+        llm = recipe.model.llm
+        trained, four_bit = (None, False) if llm is None else (llm.train, llm.four_bit)
+        with out_of_memory_told(recipe.train, ranks, where=str(folder), language_model=trained, four_bit=four_bit):
+            return work.run()
+
+
+@dataclass(frozen=True)
+class Work:
+    """One training, seen from one of its processes."""
+
+    recipe: Recipe
+    store: Store
+    folder: Path
+    ranks: Ranks
+    device: torch.device
+    previews: bool
+    progress: Progress
+
+    def run(self) -> Run:
+        """The finished run, as of `train`."""
+        recipe, store, folder, ranks = self.recipe, self.store, self.folder, self.ranks
+        tokenizer = tokenizer_if_given(recipe, store)
+        require_columns(recipe, store, tokenizer, columns_of(recipe))
+        start = given_weights(recipe)
+        manifest = self.manifest(tokenizer, start)
+        begun = ranks.share((folder / "recipe.yaml").is_file())
+        if not begun:
+            refuse_models_folder(folder)
+            if recipe.train.optimizer == "adamw8bit":  # a missing library leaves no run behind either
+                load_bitsandbytes("train.optimizer: adamw8bit")
+            for name in recipe.train.trackers:
+                require_package(name)
+        else:
+            run = ranks.by_first(lambda: self.opened(manifest))
+            if ranks.share(is_finished(run, recipe)):
+                if ranks.is_first:
+                    with suppress(ArraError):  # it may lie on a read-only disk
+                        note_store(folder, store)
+                return run
+        # first: a recipe that does not fit its data leaves no run behind
+        data = training_data(recipe, store, tokenizer, device=self.device)
+        model = self.first_model(data)
+        watcher, quality = self.watcher(data, model), self.quality(data)
+        if start is not None:
+            model.about["started_from"] = {"weights": start, "sha256": manifest["weights_sha256"]}
+        if isinstance(model, CausalLM) and tokenizer is not None:  # an imported one did not say
+            model.about["codes_of"] = tokenizer.codes_of
+        run = ranks.by_first(lambda: self.opened(manifest))
+        with ExitStack() as stack:
+            ranks.by_first(lambda: stack.enter_context(locked(run)))
+            if ranks.share(is_finished(run, recipe)):
+                return run
+            if ranks.is_first:
+                note_store(folder, store)
+                keep_tokenizer(recipe, store, folder)
+                if isinstance(model, Decoder):  # what weights of checkpoints are of, long before there is a model
+                    save_outline(model, folder / "checkpoints")
+            alignment = None
+            if recipe.align is not None and data.features is not None:
+                alignment = build_alignment(
+                    recipe.align, data.features, hidden_size=model.hidden_size, seed=recipe.train.seed
+                ).to(self.device)
+            desk = stack.enter_context(Desk(run, recipe, self.progress)) if ranks.is_first else None
+            trainer = Trainer(
+                model=model,
+                alignment=alignment,
+                batches=data.batches,
+                validation=data.validation,
+                settings=recipe.train,
+                run=run,
+                preview=self.previewer(data, run, desk) if self.previews else None,
+                watch=None if desk is None else desk.take,
+                watcher=watcher,
+                quality=quality,
+                text_validation=data.text_validation,
+                ranks=ranks,
+                device=self.device,
+                name_records=lambda rows: record_names(store, data.pictures.rows[np.asarray(rows)]),
+                warn=None if desk is None else desk.warn,
+            )
+            try:
+                trainer.train()
+            finally:
+                data.pictures.close()
+            self.save_models(trainer, data)
         return run
-    device = choose_device(recipe.train.device)
-    data = training_data(
-        recipe, store, tokenizer, device=device
-    )  # first: a recipe that does not fit its data leaves no run behind
-    model = first_model(recipe, data).to(device)
-    watcher = None
-    if recipe.train.watch_every_steps is not None:
-        watcher = open_watcher(
+
+    def manifest(self, tokenizer: ImageTokenizer | None, start: str | None) -> dict[str, Any]:
+        """What must not change from one start of a run to the next."""
+        recipe, store = self.recipe, self.store
+        facts = {
+            "store_sha256": store.manifest_hash(*columns_of(recipe)),
+            "tokenizer": recipe.tokenizer.name if tokenizer is None else tokenizer.name,
+            "tokenizer_sha256": None if tokenizer is None else tokenizer.weights_hash,
+            "codes_of": None if tokenizer is None else tokenizer.codes_of,
+            "seed": recipe.train.seed,
+        }
+        if start is not None:
+            facts["weights_sha256"] = weights_hash(start)
+        if recipe.model.llm is not None and recipe.model.llm.text is not None:
+            facts["text_sha256"] = text_hash(recipe.model.llm.text)
+        return facts
+
+    def opened(self, manifest: dict[str, Any]) -> Run:
+        """The run folder, new or as it was begun."""
+        noted = {"threads": torch.get_num_threads(), "ranks": self.ranks.size, "device": str(self.device)}
+        return Run.create(self.folder, dump_recipe(self.recipe), manifest, free=FREE, noted=noted)
+
+    def first_model(self, data: TrainingData) -> Painter:
+        """The model before its first step; where weights will be sharded, empty on all ranks but the first."""
+        recipe, ranks = self.recipe, self.ranks
+        four_bit = recipe.model.llm is not None and recipe.model.llm.four_bit
+        kind: str = recipe.train.parallel.kind
+        if kind == "auto" and ranks.size > 1 and not four_bit:
+            empty = first_model(recipe, data, empty=True)
+            kind = chosen_kind(
+                recipe.train,
+                ranks=ranks,
+                state_bytes=state_bytes(empty),
+                device_bytes=memory_of(self.device),
+                may_shard=can_be_cut(empty),
+            )
+        if kind in SHARDED:
+            return first_model(recipe, data, empty=not ranks.is_first)
+        return first_model(recipe, data).to(self.device)
+
+    def watcher(self, data: TrainingData, model: Painter) -> Watcher | None:
+        """What looks at the states while training, if it is wanted."""
+        recipe = self.recipe
+        if recipe.train.watch_every_steps is None:
+            return None
+        return open_watcher(
             recipe,
-            store,
-            tokenizer,
+            self.store,
+            data.tokenizer,
             used_choices(recipe) or {"teacher": recipe.encoder.choice("teacher")},
             hidden_size=model.hidden_size,
             text=data.text,
             card=data.card,
             images=recipe.train.watch_images,
-            device=device,
-            progress=progress,
+            device=self.device,
+            progress=self.progress,
         )
-    if start is not None:
-        model.about["started_from"] = {"weights": start, "sha256": manifest["weights_sha256"]}
-    if isinstance(model, CausalLM) and tokenizer is not None:  # an imported one did not say
-        model.about["codes_of"] = tokenizer.codes_of
-    run = Run.create(folder, dump_recipe(recipe), manifest)
-    with locked(run):
-        if is_finished(run, recipe):
-            return run
-        note_store(folder, store)
-        own = tokenizer_folder(recipe, store)
-        if own is not None:
-            for name in (WEIGHTS_FILE, CARD_FILE):  # the card last: a folder with a card is a tokenizer
-                atomic_write(folder / "tokenizer" / name, (own / name).read_bytes())
-        alignment = None
-        if recipe.align is not None and data.features is not None:
-            alignment = build_alignment(
-                recipe.align, data.features, hidden_size=model.hidden_size, seed=recipe.train.seed
-            )
-            alignment = alignment.to(device)
-        trainer = Trainer(
-            model=model,
-            alignment=alignment,
-            batches=data.batches,
-            validation=data.validation,
-            settings=recipe.train,
-            run=run,
-            preview=_previewer(data, run) if previews else None,
-            watch=_watch(progress, recipe.train.steps),
-            watcher=watcher,
-            text_validation=data.text_validation,
+
+    def quality(self, data: TrainingData) -> Callable[[Painter, int], dict[str, float]] | None:
+        """What measures pictures painted while training, if it is wanted."""
+        if self.recipe.train.evaluate_every_steps is None:
+            return None
+        return open_quality(self.recipe, self.store, data.tokenizer, device=self.device, progress=self.progress)
+
+    def previewer(self, data: TrainingData, run: Run, desk: "Desk | None") -> Callable[[Painter, int], None] | None:
+        """What paints some held-out prompts from fixed seeds; rank zero keeps the pictures."""
+        if data.tokenizer is None:
+            return None
+        tokenizer, count = data.tokenizer, len(data.validation_rows)
+        spaced = range(0, count, max(1, count // NUM_PREVIEWS))[:NUM_PREVIEWS]
+        asked = data.asked(spaced)
+
+        def preview(model: Painter, step: int) -> None:
+            tokenizer.model.to(model.device)
+            result = generate(model, tokenizer, seeds=list(range(len(spaced))), **asked)
+            assert result.images is not None
+            if desk is not None:
+                desk.preview(png_bytes(strip(result.images.numpy())), step)
+
+        return preview
+
+    def save_models(self, trainer: Trainer, data: TrainingData) -> None:
+        """Nothing; the trained model is in the run folder, averages of other decays below it.
+
+        The projector stays behind in the checkpoints.
+        """
+        others = trainer.averages.decays[1:]
+        for place, decay in reversed([*enumerate(others, start=1), (0, None)]):
+            folder = self.folder if decay is None else self.folder / f"ema-{decay}"
+            with trainer.averaged(place):
+                model = self.whole_model(trainer, data)
+                if model is None:
+                    continue
+                if isinstance(model, CausalLM):
+                    finish_language_model(self.recipe, model, folder)
+                save_model(model, folder)
+        self.ranks.barrier()
+
+    def whole_model(self, trainer: Trainer, data: TrainingData) -> Painter | None:
+        """The trained model in one piece, on rank zero."""
+        if not trainer.engine.is_sharded:
+            return trainer.model if self.ranks.is_first else None
+        state = trainer.engine.whole_state()
+        if not self.ranks.is_first:
+            return None
+        model = first_model(self.recipe, data, empty=True)
+        model.load_state_dict(state, assign=True)
+        model.about = trainer.model.about
+        return model
+
+
+class Desk:
+    """Where a training's news arrive on rank zero: the display, trackers, the page of the run so far."""
+
+    def __init__(self, run: Run, recipe: Recipe, progress: Progress) -> None:
+        self.run, self.steps, self.progress = run, recipe.train.steps, progress
+        self.trackers = open_trackers(
+            recipe.train.trackers, run_folder=run.path, name=run.path.name, config=recipe.model_dump(mode="json")
         )
-        try:
-            trainer.train()
-        except FloatingPointError as error:
-            raise ArraError(
-                f"{folder}: training diverged at {error}; lower train.learning_rate or lengthen train.warmup_steps"
-            ) from error
-        finally:
-            data.pictures.close()
-        with trainer.averaged():  # the projector stays behind in the checkpoints
-            if isinstance(model, CausalLM):
-                finish_language_model(recipe, model, folder)
-            save_model(model, folder)
-    return run
+
+    def __enter__(self) -> "Desk":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.refresh()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def take(self, row: dict[str, Any]) -> None:
+        """Nothing; a row of the metrics is shown and passed on."""
+        for tracker in self.trackers:
+            tracker.log(row)
+        if row["kind"] in ("train", "validation"):
+            self.progress("step", row["step"], self.steps, training_note(row))
+        if row["kind"] in ("validation", "quality"):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Nothing; the page is as far as the run."""
+        with suppress(ArraError):  # no room for a page is no reason to end a training
+            live_page(self.run.path)
+
+    def warn(self, line: str) -> None:
+        """Nothing; a line that somebody should read is on the error output."""
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+    def preview(self, png: bytes, step: int) -> None:
+        """Nothing; the pictures are kept and passed on."""
+        atomic_write(self.run.path / "previews" / f"step-{step:06d}.png", png)
+        for tracker in self.trackers:
+            tracker.image("preview", png, step)
+        self.refresh()
+
+
+def keep_tokenizer(recipe: Recipe, store: Store, folder: Path) -> None:
+    """Nothing; a tokenizer of the store's own is in the run as well."""
+    own = tokenizer_folder(recipe, store)
+    if own is not None:
+        for name in (WEIGHTS_FILE, CARD_FILE):  # the card last: a folder with a card is a tokenizer
+            atomic_write(folder / "tokenizer" / name, (own / name).read_bytes())
+
+
+def record_names(store: Store, rows: np.ndarray) -> list[str]:
+    """The ids of some records."""
+    found: list[str] = store.table(["id"]).take(pa.array(rows)).column("id").to_pylist()
+    return found
 
 
 def given_weights(recipe: Recipe) -> str | None:
@@ -358,10 +574,13 @@ def refuse_models_folder(folder: Path) -> None:
         )
 
 
-def first_model(recipe: Recipe, data: TrainingData) -> Painter:
-    """The model before its first step, with what it must know of its conditions to be asked again."""
+def first_model(recipe: Recipe, data: TrainingData, *, empty: bool = False) -> Painter:
+    """The model before its first step, with what it must know of its conditions to be asked again.
+
+    An empty one has no weights and takes no memory (device meta).
+    """
     if data.card is not None:
-        return first_language_model(recipe, data.card)
+        return first_language_model(recipe, data.card, empty=empty)
     network = tokenizer_network(recipe) if data.tokenizer is None else data.tokenizer.model.settings
     settings = decoder_settings(
         recipe,
@@ -370,9 +589,8 @@ def first_model(recipe: Recipe, data: TrainingData) -> Painter:
         num_classes=num_classes(recipe, data.store) if recipe.model.condition == "class" else None,
         caption_dim=caption_width(recipe, data.store),
     )
-    model = build_model(recipe, settings, text=data.text)
+    model = build_model(recipe, settings, text=data.text, empty=empty)
     model.about |= condition_facts(recipe, data.store)
-    model.recompute = recipe.train.recompute
     return model
 
 
@@ -380,35 +598,6 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
     """Whether the run's last step is done and its model saved."""
     saved = all((run.path / name).is_file() for name in ("model.safetensors", "model.json"))
     return saved and any(row["step"] == recipe.train.steps for row in run.read_metrics()[-3:])
-
-
-def _watch(progress: Progress, steps: int) -> Callable[[dict[str, Any]], None]:
-    def watch(row: dict[str, Any]) -> None:
-        if row["kind"] == "watch":
-            return
-        note = f"validation {row['ntp_loss']:.3f}" + (f", text {row['text_loss']:.3f}" if "text_loss" in row else "")
-        if row["kind"] == "train":
-            aligned = "" if row["gva_loss"] is None else f", gva {row['gva_loss']:.3f}"
-            note = f"ntp {row['ntp_loss']:.3f}{aligned}, {row['images_per_second']:.1f} pictures/s"
-        progress("step", row["step"], steps, note)
-
-    return watch
-
-
-def _previewer(data: TrainingData, run: Run) -> Callable[[Painter, int], None] | None:
-    if data.tokenizer is None:
-        return None
-    tokenizer, count = data.tokenizer, len(data.validation_rows)
-    spaced = range(0, count, max(1, count // NUM_PREVIEWS))[:NUM_PREVIEWS]
-    asked = data.asked(spaced)
-
-    def preview(model: Painter, step: int) -> None:
-        result = generate(model, tokenizer, seeds=list(range(len(spaced))), **asked)
-        assert result.images is not None
-        path = run.path / "previews" / f"step-{step:06d}.png"
-        atomic_write(path, png_bytes(strip(result.images.numpy())))
-
-    return preview
 
 
 def describe_recipe(recipe: Recipe) -> str:
@@ -420,7 +609,6 @@ def describe_recipe(recipe: Recipe) -> str:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Decoder(settings).parameters())
     length = settings.prefix_length + settings.num_positions
-    images = recipe.train.steps * recipe.train.batch_size
     before = {
         "text": f"{settings.condition_length} text positions",
         "class": "1 class",
@@ -431,7 +619,7 @@ def describe_recipe(recipe: Recipe) -> str:
         f"image: {settings.num_positions} codes ({settings.grid[0]} x {settings.grid[1]}) of {settings.num_codes}",
         f"sequence: {before[model.condition]}{rep} + {settings.num_positions} codes",
         f"decoder: {parameters:,} parameters",
-        f"training: {images:,} images, {images * length:,} tokens",
+        describe_length(recipe, tokens=length),
     ]
     if model.condition == "class" and model.num_classes is None:
         lines.insert(2, f"classes: the store's; {settings.num_classes} assumed here")
@@ -440,6 +628,15 @@ def describe_recipe(recipe: Recipe) -> str:
     if recipe.align is not None:
         lines += describe_projectors(recipe)
     return dump_recipe(recipe) + "".join(f"# {line}\n" for line in lines)
+
+
+def describe_length(recipe: Recipe, *, tokens: int | None = None) -> str:
+    """How much is trained on, in a line; `tokens` are those of a picture, None where they differ."""
+    written: int | str = recipe.train.steps
+    if isinstance(written, str):  # the store will say how many steps that is
+        return f"training: {written}"
+    images = written * recipe.train.batch_size
+    return f"training: {images:,} images" + ("" if tokens is None else f", {images * tokens:,} tokens")
 
 
 def describe_projectors(recipe: Recipe) -> list[str]:
@@ -461,12 +658,11 @@ def describe_language_model(recipe: Recipe) -> list[str]:
         return [] if llm is None else [f"model: {llm.folder} is not there yet; arra init or arra import makes it"]
     settings = language_card(recipe).settings
     layout, grid = settings.layout, settings.grid
-    images = recipe.train.steps * recipe.train.batch_size
     lines = [
         f"layout: {layout.family}, read as {layout.template!r}",
         f"image: {settings.num_positions} codes ({grid[0]} x {grid[1]}) of {settings.num_codes}",
         f"sequence: the prompt + {layout.length(0, grid)} tokens",
-        f"training: {images:,} images",
+        describe_length(recipe),
     ]
     if llm.text is not None:
         lines.append(

@@ -1,4 +1,7 @@
-"""The training loop. Everything random is a function of (seed, step), so a resumed run ends in the same weights.
+"""The training loop. Everything random is a function of (seed, position in the data), so a resumed run ends in the same
+weights, and neither ranks nor micro-batches change them but for rounding.
+
+    position -> batch -> passes -> sums over all ranks -> trouble? -> update -> averages -> looks, saves
 
 Two models trained from one seed see the same pictures in the same order, start from the same weights and drop the same
 units, whether they are aligned or not: the projector has its own generator, its own gradient clipping, and draws
@@ -8,10 +11,11 @@ Legend: B batch, P image positions.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +23,36 @@ from torch import Tensor, nn
 from arra.align import Alignments, Balance, WeightSchedule
 from arra.align.alignment import MAIN
 from arra.data.batches import TrainBatch, mix
-from arra.models import Decoder, Painter
-from arra.models.head import head_losses
+from arra.distributed import ALONE, Ranks
+from arra.models import Painter
 from arra.runs import Run
-from arra.train.checkpoints import newest_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from arra.train.average import Averages
+from arra.train.checkpoints import Checkpoints, SavedStep, optimizer_space, optimizer_tensors, restore_optimizer
+from arra.train.heartbeat import Doing, Heartbeat
 from arra.train.interrupt import TrainingInterrupted, interruptible
-from arra.train.objective import Losses, compute_losses
-from arra.train.optimizer import clip_gradients, learning_rate, make_optimizers
+from arra.train.meters import Meters
+from arra.train.optimizer import gradient_norm, make_optimizers, scale_gradients
+from arra.train.parallel import Engine
+from arra.train.passes import Ahead, Passed, Passes, Steps, validation_loss
+from arra.train.schedule import learning_rate
 from arra.train.settings import TrainSettings
+from arra.train.trouble import LossWatch, Reason, Skipped, Survived
+from arra.train.trouble_record import Trouble, record_trouble, stop_error, trouble_line
+
+T = TypeVar("T")
 
 
-@runtime_checkable
-class Steps(Protocol):
-    """The training data: a batch for every step."""
+@dataclass(frozen=True)
+class Totals:
+    """Numbers of a step over the whole batch, each a mean: over labelled tokens, the alignment over images."""
 
-    def batch(self, step: int) -> TrainBatch:
-        """The batch of a step, counted from 0."""
-        ...
+    loss: float
+    ntp: float
+    z: float
+    aligned: Mapping[str, float]
+    grad_norm: float
+    asked_to_stop: bool
+    save_failed: bool
 
 
 @dataclass
@@ -51,18 +68,29 @@ class Trainer:
     preview: Callable[[Painter, int], None] | None = None
     """Called as preview(model, step); must leave model and random state as they are."""
     watch: Callable[[dict[str, Any]], None] | None = None
-    """Called with every row of the metrics."""
+    """Called with every row of the metrics, on rank zero."""
     watcher: Callable[[Painter, Alignments | None, int], list[dict[str, Any]]] | None = None
     """Called as watcher(model, alignment, step); measures what the states have in common with the teachers' features,
     and must leave all as it is."""
+    quality: Callable[[Painter, int], dict[str, float]] | None = None
+    """Called as quality(model, step); measures what the model paints, and must leave all as it is."""
     text_validation: Sequence[TrainBatch] = ()
     """Rows of text on which it is watched whether a language model keeps its language."""
+    ranks: Ranks = ALONE
+    device: torch.device | None = None
+    """Where it trains; None is where the model is."""
+    name_records: Callable[[Sequence[int]], Sequence[str]] | None = None
+    """The ids of records of these numbers, for what is written down of trouble; None writes the numbers."""
+    warn: Callable[[str], None] | None = None
+    """Called on rank zero with a line that somebody should read."""
 
     def __post_init__(self) -> None:
-        self.step, self.seconds = 0, 0.0
-        self.weights: dict[str, float] = {}
+        self.step, self.seconds, self.best = 0, 0.0, math.inf
+        self.settings = s = self.settings.resolved(None)
+        self.weights: Mapping[str, float] = {}
         """Of the alignment's terms, in the step that was made last."""
-        self.device = self.model.device
+        self.place: torch.device = self.device or self.model.device
+        self.engine = Engine(self.model, self.alignment, s, ranks=self.ranks, device=self.place)
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         saved = self.model.state_dict().keys()
         self.constants = {name: value for name, value in self.model.named_buffers() if name in saved}
@@ -70,138 +98,260 @@ class Trainer:
         self.projector = dict(self.alignment.named_parameters()) if self.alignment is not None else {}
         self.names: dict[nn.Parameter, str] = {p: f"model.{n}" for n, p in self.parameters.items()}
         self.names |= {p: f"align.{n}" for n, p in self.projector.items()}
-        self.optimizers = make_optimizers({name: p for p, name in self.names.items()}, self.settings)
-        decay = self.settings.ema_decay
-        self.average = None if decay is None else {n: p.detach().clone() for n, p in self.parameters.items()}
+        parts: list[nn.Module] = [self.model] if self.alignment is None else [self.model, self.alignment]
+        self.optimizers = make_optimizers({name: p for p, name in self.names.items()}, s, modules=parts)
+        decays = () if s.ema_decay is None else s.ema_decay if isinstance(s.ema_decay, tuple) else (s.ema_decay,)
+        self.averages = Averages(self.parameters, decays, warmup=s.ema_warmup, offload=s.ema_offload)
+        self.meters = Meters(self.model, device=self.place, precision=s.precision, ranks=self.ranks)
+        self.losses_seen = LossWatch(s.trouble)
+        self.passes = Passes(self.engine)
+        self.ahead = Ahead(self.batches, self.ranks, threaded=self.place.type == "cuda")
+
+    # What touches the run folder is made when it is first needed: looking at a step needs none of it.
+
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        """Where the state is kept."""
+        s = self.settings
+        return Checkpoints(
+            self.run.path / "checkpoints",
+            ranks=self.ranks,
+            keep_last=s.keep_checkpoints,
+            keep_every=s.keep_every_steps,
+            keep_best=s.keep_best,
+            in_background=s.checkpoint_in_background,
+        )
+
+    @cached_property
+    def skipped(self) -> Skipped:
+        """What is left out of the data order."""
+        return Skipped(self.run.path, self.ranks)
+
+    @cached_property
+    def heartbeat(self) -> Heartbeat:
+        """By which a rank that hangs is named."""
+        return Heartbeat(self.run.path, self.ranks, hang_seconds=self.settings.trouble.hang_seconds)
 
     def train(self) -> None:
         """Runs to the last step, resuming where checkpoints are found.
 
         Raises:
             TrainingInterrupted: a signal asked to stop; everything is saved.
-            FloatingPointError: the loss is not finite; the weights of the step before are untouched.
+            ArraError: training went wrong and the settings say to stop, or a checkpoint cannot be written.
         """
-        self.resume()
-        with interruptible() as stopped:
+        with interruptible() as asked, self.heartbeat, self.ahead:
+            self.resume()
             while self.step < self.settings.steps:
-                started = time.perf_counter()
-                losses, grad_norm = self.train_step()
-                self.seconds += time.perf_counter() - started
-                self.after_step(losses, grad_norm)
-                if stopped() and self.step < self.settings.steps:
+                totals = self.train_step(asked())
+                if totals is None:
+                    continue
+                self.after_step(totals)
+                # what one of several ranks is asked after the sums of a step, all learn in the next one
+                stops = totals.asked_to_stop or (self.ranks.size == 1 and asked())
+                if stops and self.step < self.settings.steps:
                     self.save()
+                    self.checkpoints.wait()
                     raise TrainingInterrupted(f"{self.run.path}: interrupted at step {self.step}, saved")
+            self.checkpoints.wait()
 
-    def train_step(self) -> tuple[Losses, float]:
-        """One update; the losses are means over the whole batch."""
-        s = self.settings
+    def train_step(self, asked_to_stop: bool = False) -> Totals | None:
+        """One update; None where trouble kept it from being made."""
+        s, started = self.settings, time.perf_counter()
+        position = self.skipped.position(self.step)
+        self.heartbeat.beat(self.step, "data")
+        batch = self.ahead.take(position, then=self.skipped.position(self.step + 1))
+        self.meters.waited(time.perf_counter() - started)
+        self.heartbeat.beat(self.step, "forward")
         self.model.train()
-        torch.manual_seed(mix(s.seed, "dropout", self.step))
+        # what models draw by themselves (attention's dropout); all else follows from the rows' own numbers
+        purpose = "dropout" if self.ranks.is_first else f"dropout-{self.ranks.rank}"
+        torch.manual_seed(mix(s.seed, purpose, position))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, s)
-        losses = self.accumulate(self.batches.batch(self.step))
-        grad_norm = clip_gradients(list(self.parameters.values()), s.clip_norm)
-        if self.projector:
-            clip_gradients(list(self.projector.values()), s.clip_norm)
-        if not (math.isfinite(losses.total.item()) and math.isfinite(grad_norm)):
-            raise FloatingPointError(f"step {self.step}: loss {losses.total.item()}, gradient norm {grad_norm}")
+        passed = self.passes.gradients(batch, step=self.step)
+        self.weights = passed.weights
+        model_norm = gradient_norm(list(self.parameters.values()))
+        projector_norm = gradient_norm(list(self.projector.values()))
+        totals, squares = self.summed(passed, model_norm, projector_norm, asked_to_stop)
+        if totals.save_failed:
+            self.checkpoints.wait()
+        reason = self.losses_seen.judge(totals.loss, totals.grad_norm)
+        if reason is not None:
+            self.in_trouble(reason, position, batch, totals)
+            return None
+        self.heartbeat.beat(self.step, "update")
+        self.losses_seen.accept(totals.loss)
+        self.balance(squares)
+        scale_gradients(list(self.parameters.values()), model_norm, most=s.clip_norm)
+        scale_gradients(list(self.projector.values()), projector_norm, most=s.clip_norm)
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
-        if self.average is not None and s.ema_decay is not None:
-            decay = min(s.ema_decay, (1 + self.step) / (10 + self.step)) if s.ema_warmup else s.ema_decay
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
-        return losses, grad_norm
+        self.averages.update(self.step)
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        counts = passed.counts
+        self.meters.step(
+            tokens=counts.tokens, length=counts.length, images=counts.images, labelled=counts.labelled, seconds=seconds
+        )
+        return totals
 
-    def accumulate(self, batch: TrainBatch) -> Losses:
-        """Gradients of the batch's mean losses, in which every label and picture counts once, in any micro-batch."""
-        size, rows = self.settings.micro_batch_size or len(batch.tokens), len(batch.tokens)
-        pictures = batch.predicting.any(1)
-        counts = {"num_tokens": int(batch.labelled.sum()), "num_images": int(pictures.sum())}
-        candidates, weights = None, None
-        if self.alignment is not None:
-            weights = self.weights = self.alignment.weights_at(self.step, steps=self.settings.steps)
-            wanted = {term.encoder for _, term in self.alignment.items() if term.contrasts_pictures}
-            if batch.features is not None and size < rows:
-                candidates = {name: batch.features[name][pictures].to(self.device) for name in wanted}
-        names: list[str] = []
-        sums, squares = [], dict[str, list[tuple[float, float]]]()
-        for start in range(0, rows, size):
-            part = move(select(batch, slice(start, start + size)), self.model)
-            with self.narrowed():
-                losses = compute_losses(
-                    self.model,
-                    part,
-                    self.alignment,
-                    z_weight=self.settings.z_weight,
-                    weights=weights,
-                    candidates=candidates,
-                    **counts,
-                )
-            losses.total.backward()
-            for name, gradient in losses.gradients.items():
-                squares.setdefault(name, []).append(gradient.squares())
-            names = list(losses.aligned)
-            sums.append(torch.stack([losses.total, losses.ntp, losses.z, *losses.aligned.values()]).detach())
-        if self.alignment is not None:
-            for name, term in self.alignment.items():
-                if term.balance is not None and name in squares:
-                    aligned, other = (sum(each) for each in zip(*squares[name], strict=True))
-                    term.balance.update(aligned=aligned, other=other)
-        total, ntp, z, *aligned_sums = torch.stack(sums).sum(0)
-        return Losses(total, ntp, z, dict(zip(names, aligned_sums, strict=True)))
+    def summed(
+        self,
+        passed: Passed,
+        model_norm: Tensor,
+        projector_norm: Tensor,
+        asked_to_stop: bool,
+    ) -> tuple[Totals, dict[str, list[float]]]:
+        """What this rank found, added up over all ranks: the one place of a step that waits for the device."""
+        losses, squares = passed.losses, passed.squares
+        own = [losses.total, losses.ntp, losses.z, *losses.aligned.values()]
+        flat = [
+            each.detach().to(self.place).double().reshape(-1)
+            for each in (*own, *squares.values(), model_norm, projector_norm)
+        ]
+        *parts, norm, aside = torch.cat(flat).tolist()
+        flags = [float(asked_to_stop), float(self.checkpoints.failed)]
+        *sums, stop, failed = self.ranks.sum([*parts, *flags])
+        count = 3 + len(losses.aligned)
+        total, ntp, z, *aligned = sums[:count]
+        pairs = {name: sums[count + 2 * place : count + 2 * place + 2] for place, name in enumerate(squares)}
+        # a projector that has lost its way counts, though it is clipped apart
+        grad_norm = norm if math.isfinite(aside) else aside
+        named = dict(zip(losses.aligned, aligned, strict=True))
+        return Totals(total, ntp, z, named, grad_norm, stop > 0, failed > 0), pairs
 
-    def narrowed(self) -> AbstractContextManager[object]:
-        """A block in which products are computed in the type that the settings ask for."""
-        if self.settings.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+    def balance(self, squares: Mapping[str, Sequence[float]]) -> None:
+        """Nothing; what a step's gradients say of the balances is taken in."""
+        for name, balance in self.balances().items():
+            if name in squares:
+                aligned, other = squares[name]
+                balance.update(aligned=aligned, other=other)
 
-    def after_step(self, losses: Losses, grad_norm: float) -> None:
-        """Logs, validates, previews and saves when it is time to; never changes what is trained."""
+    def in_trouble(self, reason: Reason, position: int, batch: TrainBatch, totals: Totals) -> None:
+        """Nothing; what is known of it is written down, and the batch is left out if the settings say so.
+
+        No weight has moved in this step.
+        Raises:
+            ArraError: they say to stop, or it was the last time that they allow.
+        """
+        s = self.settings.trouble
+        action = self.skipped.action(reason, s)
+        losses = {"loss": totals.loss, "ntp_loss": totals.ntp, "z_loss": totals.z}
+        trouble = Trouble(
+            step=self.step,
+            position=position,
+            reason=reason,
+            action=action,
+            losses=losses | {f"gva_loss.{name}": value for name, value in totals.aligned.items()},
+            grad_norm=totals.grad_norm,
+            learning_rate=learning_rate(self.step, self.settings),
+            recent=self.losses_seen.recent,
+        )
+        record = record_trouble(
+            trouble,
+            self.run.path,
+            ranks=self.ranks,
+            parameters={name: parameter for parameter, name in self.names.items()},
+            rows=batch.rows,
+            ids=self.name_records,
+            states=self.passes.states(batch),
+        )
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        saved = self.checkpoints.newest()
+        if action == "stop":
+            raise stop_error(
+                trouble,
+                record,
+                run=self.run.path,
+                checkpoint=None if saved is None else saved.step,
+                settings=s,
+                survived=len(self.skipped.survived),
+            )
+        since = saved.step if saved is not None else 0
+        left_out = self.skipped.plan(action, step=self.step, since=since, batches=s.skip_batches)
+        self.skipped.add(Survived(self.step, reason, action, left_out))
+        if self.warn is not None and self.ranks.is_first:
+            back = f", back to step {since}" if action == "rewind" else ""
+            self.warn(f"{trouble_line(trouble, record, run=self.run.path)}; left out{back}")
+        if action == "rewind":
+            self.resume()
+
+    def after_step(self, totals: Totals) -> None:
+        """Logs, validates, looks and saves when it is time to; never changes what is trained."""
         s, last = self.settings, self.step == self.settings.steps
-        if self.step % s.log_every_steps == 0 or last or self.step == 1:
+
+        def due(every: int | None) -> bool:
+            return every is not None and (self.step % every == 0 or last)
+
+        if due(s.log_every_steps) or self.step == 1:
             self.log(
                 {
                     "kind": "train",
                     "step": self.step,
                     "images": self.step * s.batch_size,
                     "seconds": round(self.seconds, 3),
-                    "loss": losses.total.item(),
-                    "ntp_loss": losses.ntp.item(),
-                    "gva_loss": None if losses.gva is None else losses.gva.item(),
-                    **self.further_terms(losses),
-                    "z_loss": losses.z.item(),
+                    "loss": totals.loss,
+                    "ntp_loss": totals.ntp,
+                    "gva_loss": totals.aligned.get(MAIN),
+                    **self.further_terms(totals),
+                    "z_loss": totals.z,
                     "lr": learning_rate(self.step - 1, s),
-                    "grad_norm": grad_norm,
-                    "images_per_second": round(self.step * s.batch_size / self.seconds, 2),
+                    "grad_norm": totals.grad_norm,
+                    **self.meters.row(),
                 }
             )
-        if self.validation and (self.step % s.validate_every_steps == 0 or last):
-            row = {"kind": "validation", "step": self.step, "seconds": round(self.seconds, 3)}
-            with self.averaged(), self.narrowed():
-                row["ntp_loss"] = validation_loss(self.model, self.validation)
-                if self.text_validation:
-                    row["text_loss"] = validation_loss(self.model, self.text_validation)
-            self.log(row)
-        if self.watcher and s.watch_every_steps and (self.step % s.watch_every_steps == 0 or last):
-            with self.averaged():
-                for row in self.watcher(self.model, self.alignment, self.step):
-                    self.log({"kind": "watch", "step": self.step, **row})
-        if self.preview and s.preview_every_steps and (self.step % s.preview_every_steps == 0 or last):
-            with self.averaged():
-                self.preview(self.model, self.step)
-        if self.step % s.checkpoint_every_steps == 0 or last:
-            self.save()
+        score = None
+        if self.validation and due(s.validate_every_steps):
+            score = self.validate()
+        watcher, preview, quality = self.watcher, self.preview, self.quality
+        if watcher is not None and due(s.watch_every_steps):
+            for row in self.look("watch", lambda: watcher(self.model, self.alignment, self.step)) or ():
+                self.log({"kind": "watch", "step": self.step, **row})
+        if preview is not None and due(s.preview_every_steps):
+            self.look("preview", lambda: preview(self.model, self.step))
+        if quality is not None and due(s.evaluate_every_steps):
+            found = self.look("evaluate", lambda: quality(self.model, self.step))
+            self.log({"kind": "quality", "step": self.step, **(found or {})})
+        is_best = score is not None and s.keep_best > 0 and score < self.best
+        if score is not None:
+            self.best = min(self.best, score)
+        if due(s.checkpoint_every_steps) or due(s.keep_every_steps) or is_best:
+            self.save(score)
 
-    def further_terms(self, losses: Losses) -> dict[str, float]:
+    def validate(self) -> float:
+        """The validation loss of the averaged weights, if there are any, in nats per code; it is logged."""
+        self.heartbeat.beat(self.step, "validate")
+        row = {"kind": "validation", "step": self.step, "seconds": round(self.seconds, 3)}
+        with self.averaged(), self.engine.looking():
+            row["ntp_loss"] = score = validation_loss(self.model, self.validation, ranks=self.ranks)
+            if self.text_validation:
+                row["text_loss"] = validation_loss(self.model, self.text_validation, ranks=self.ranks)
+        self.log(row)
+        return score
+
+    def look(self, doing: Doing, at: Callable[[], T]) -> T | None:
+        """What `at` finds with the averaged weights; None on ranks that are not needed for it."""
+        self.heartbeat.beat(self.step, doing)
+        found = None
+        if self.engine.is_sharded or self.ranks.is_first:
+            with self.averaged(), self.engine.looking(whole=True):
+                found = at()
+        self.ranks.barrier()
+        return found
+
+    def averaged(self, which: int = 0) -> AbstractContextManager[None]:
+        """A block in which the model holds the averaged weights, if there are any."""
+        return self.averages.in_place_of(self.parameters, which)
+
+    def further_terms(self, totals: Totals) -> dict[str, float]:
         """What is logged of terms beside the main one, and of weights that change."""
         if self.alignment is None:
             return {}
-        found = {f"gva_loss.{name}": each.item() for name, each in losses.aligned.items() if name != MAIN}
+        found = {f"gva_loss.{name}": each for name, each in totals.aligned.items() if name != MAIN}
         for name, term in self.alignment.items():
             if term.balance is not None or term.schedule != WeightSchedule():
                 found["align_weight" + ("" if name == MAIN else f".{name}")] = self.weights[name]
@@ -209,108 +359,60 @@ class Trainer:
 
     def log(self, row: dict[str, Any]) -> None:
         """Nothing; the row is in the run's metrics, and whoever watches has seen it."""
+        if not self.ranks.is_first:
+            return
         self.run.append_metrics(row)
         if self.watch is not None:
             self.watch(row)
 
-    def save(self) -> None:
-        """Nothing; the newest checkpoint is this step's."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a resumed training needs, by dotted name; the alignment's projectors are apart from the model."""
         tensors = {name: parameter.detach() for parameter, name in self.names.items()}
         tensors |= {f"model.{name}": value for name, value in self.constants.items()}
         for optimizer in self.optimizers:
             tensors |= optimizer_tensors(optimizer, self.names)
-        if self.average is not None:
-            tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        tensors |= self.averages.tensors()
         tensors |= {
             f"balance.{name}": torch.tensor([balance.ratio, float(balance.steps)], dtype=torch.float64)
             for name, balance in self.balances().items()
         }
-        save_checkpoint(
-            self.run.path / "checkpoints",
-            step=self.step,
-            seconds=self.seconds,
-            tensors=tensors,
-            keep=self.settings.keep_checkpoints,
-        )
+        return tensors | {"losses": self.losses_seen.tensor()}
+
+    def save(self, score: float | None = None) -> None:
+        """Nothing; the newest checkpoint is this step's, or will be once it is written."""
+        self.heartbeat.beat(self.step, "save")
+        best = None if math.isinf(self.best) else self.best
+        self.checkpoints.save(self.step, self.tensors(), card={"seconds": self.seconds, "best": best}, score=score)
 
     def resume(self) -> None:
         """Nothing; the state is the newest whole checkpoint's, or the beginning's, and later metrics are gone."""
-        checkpoint = newest_checkpoint(self.run.path / "checkpoints")
-        self.run.truncate_metrics(checkpoint.step if checkpoint else 0)
-        if checkpoint is None:
-            return
-        self.step, self.seconds = checkpoint.step, checkpoint.seconds
-        with torch.no_grad():
-            for parameter, name in self.names.items():
-                parameter.copy_(checkpoint.tensors[name])
-            for name, value in self.constants.items():
-                value.copy_(checkpoint.tensors[f"model.{name}"])
-            for name, value in (self.average or {}).items():
-                value.copy_(checkpoint.tensors[f"average.{name}"])
-        for name, balance in self.balances().items():
-            balance.ratio, steps = checkpoint.tensors[f"balance.{name}"].tolist()
-            balance.steps = int(steps)
+        self.heartbeat.beat(self.step, "start")
+        saved = self.checkpoints.newest()
+        if self.ranks.is_first:
+            self.run.truncate_metrics(saved.step if saved else 0)
+        self.ranks.barrier()
+        if saved is not None:
+            self.restore(saved)
+        elif "rewind" in (self.settings.trouble.nonfinite, self.settings.trouble.spike):
+            self.save()  # what there is to go back to
+
+    def restore(self, saved: SavedStep) -> None:
+        """Nothing; the state is that of a checkpoint."""
+        tensors = {name: value for name, value in self.tensors().items() if not name.startswith("optimizer.")}
         for optimizer in self.optimizers:
-            restore_optimizer(optimizer, self.names, checkpoint.tensors)
+            tensors |= optimizer_space(optimizer, self.names, saved=saved)
+        self.checkpoints.load(saved, tensors)
+        for optimizer in self.optimizers:
+            restore_optimizer(optimizer, self.names, tensors)
+        for name, balance in self.balances().items():
+            balance.ratio, steps = tensors[f"balance.{name}"].tolist()
+            balance.steps = int(steps)
+        self.losses_seen.restore(tensors["losses"])
+        best = saved.card["best"]
+        self.step, self.seconds, self.best = saved.step, saved.card["seconds"], math.inf if best is None else best
 
     def balances(self) -> dict[str, Balance]:
         """Of the alignment's terms that have one."""
         if self.alignment is None:
             return {}
         return {name: term.balance for name, term in self.alignment.items() if term.balance is not None}
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """A block in which the model holds the averaged weights, if there are any."""
-        if self.average is None:
-            yield
-            return
-        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.average[name])
-            try:
-                yield
-            finally:
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(kept[name])
-
-
-@torch.no_grad()
-def validation_loss(model: Painter, batches: Sequence[TrainBatch]) -> float:
-    """Nats per code, or per token of text, over all batches, each counted once; the model's mode is left as it was."""
-    training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for batch in batches:
-        batch = move(batch, model)
-        hidden = model(batch.tokens[:, :-1], **batch.inputs()).last_hidden
-        counted = batch.predicting if bool(batch.predicting.any()) else batch.labelled
-        losses, _ = head_losses(hidden[counted], model.lm_head, batch.labels[:, 1:][counted])
-        total, count = total + losses.double().sum().item(), count + len(losses)
-    model.train(training)
-    return total / count
-
-
-def select(batch: TrainBatch, rows: slice) -> TrainBatch:
-    """The batch of some rows."""
-    return on_each_part(batch, lambda part: part[rows])
-
-
-def move(batch: TrainBatch, model: Painter) -> TrainBatch:
-    """The batch where the model is, caption features in the model's type."""
-    moved = on_each_part(batch, lambda part: part.to(model.device))
-    if moved.caption is None or not isinstance(model, Decoder):
-        return moved
-    return replace(moved, caption=moved.caption.to(model.norm.weight.dtype))
-
-
-def on_each_part(batch: TrainBatch, change: Callable[[Tensor], Tensor]) -> TrainBatch:
-    """The batch with every tensor changed."""
-
-    def changed(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return change(part)
-        return {name: change(each) for name, each in part.items()} if isinstance(part, Mapping) else part
-
-    return TrainBatch(**{field.name: changed(getattr(batch, field.name)) for field in fields(batch)})

@@ -1,25 +1,30 @@
-"""Optimisers and the learning rate: AdamW for all, in 8 bits if asked, or Muon for the blocks' matrices beside AdamW.
+"""Optimisers: AdamW for all, in 8 bits if asked, or Muon for the blocks' matrices beside AdamW.
 
+Weights may lie in shards on several ranks (FSDP2's DTensors); each rank then keeps the optimiser's state of its shards.
 Legend: M N sides of a matrix, G matrices of one shape.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from arra.errors import ArraError
 from arra.models.adapters import load_bitsandbytes
+from arra.train.parallel import gathered
 from arra.train.settings import TrainSettings
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 BLOCK = re.compile(r"\.(layers|h|blocks)\.\d+\.")
 """In names of parameters: of ours and most of `transformers`' networks, of GPT-2 and its kin, of MPT."""
+STACK_BYTES = 2**28
+"""Of matrices that Muon takes together; of sharded weights they are gathered for it."""
 FUSED_DEVICES = ("cpu", "cuda")
 """Where one kernel updates a tensor: a third of the time of torch's loop on a CPU, and no temporary of its size."""
 
@@ -42,27 +47,47 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Moves every parameter that has a gradient."""
+        """Moves every parameter that has a gradient; of sharded ones all ranks see the whole matrix and move a part."""
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    shapes.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in shapes.items():
-                updates = torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters])
-                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+            for parameters in _stacks([p for p in group["params"] if p.grad is not None]):
+                updates = torch.stack([_whole(self._momentum(p, group["momentum"])) for p in parameters])
+                rate = group["lr"] * 0.2 * math.sqrt(max(updates.shape[1:]))
                 for parameter, update in zip(parameters, orthogonalized(updates), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-rate)
+                    parameter.add_(_as_sharded(update, parameter), alpha=-rate)
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        """Nesterov's look-ahead of the running gradient."""
+        """Nesterov's look-ahead of the running gradient, sharded as the parameter is."""
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(gradient, 1 - momentum)
         return gradient.lerp(state["momentum"], momentum)
+
+
+def _stacks(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters in runs of one shape and at most `STACK_BYTES`, but for a single one that is larger."""
+    shapes: dict[torch.Size, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        shapes.setdefault(parameter.shape, []).append(parameter)
+    for alike in shapes.values():
+        most = max(1, STACK_BYTES // max(1, alike[0].numel() * alike[0].element_size()))
+        yield from (alike[start : start + most] for start in range(0, len(alike), most))
+
+
+def _whole(value: Tensor) -> Tensor:
+    """All of a matrix, on the device where its ranks talk to each other."""
+    return gathered(value, torch.device(value.device_mesh.device_type)) if isinstance(value, DTensor) else value
+
+
+def _as_sharded(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Of a tensor that all ranks have, the part that this one has of the parameter."""
+    if not isinstance(parameter, DTensor):
+        return value
+    mesh = parameter.device_mesh
+    everywhere = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=parameter.placements).to(parameter.device)
 
 
 def orthogonalized(matrices: Float[Tensor, "G M N"]) -> Float[Tensor, "G M N"]:
@@ -77,31 +102,66 @@ def orthogonalized(matrices: Float[Tensor, "G M N"]) -> Float[Tensor, "G M N"]:
     return x
 
 
-def make_optimizers(parameters: dict[str, nn.Parameter], settings: TrainSettings) -> list[torch.optim.Optimizer]:
-    """The optimisers of named parameters; weight decay falls on tensors of two or more dimensions only.
+def make_optimizers(
+    parameters: dict[str, nn.Parameter], settings: TrainSettings, *, modules: Iterable[nn.Module] = ()
+) -> list[torch.optim.Optimizer]:
+    """The optimisers of named parameters, which may be sharded.
 
+    Norms, biases and all else of one dimension do not decay, nor tables of embeddings where the settings say so;
+    `modules` are those that the parameters belong to, which tell what is what (norms may have more dimensions).
     With "muon" the matrices inside the blocks are Muon's; embeddings, head, norms and the projector stay with AdamW.
     With "adamw8bit" AdamW's two moments take a byte each, but for small tensors.
-    Raises: ArraError when Muon has nothing to train, when the 8-bit optimiser's library is missing or cannot run on
-    the parameters' device.
+
+    Raises:
+        ArraError: Muon has nothing to train, the 8-bit optimiser's library is missing or cannot run on the parameters'
+            device, or it is asked to train shards.
     """
-    s = settings
-    inner = {name for name, p in parameters.items() if s.optimizer == "muon" and p.dim() == 2 and BLOCK.search(name)}
+    s, parts = settings, [part for module in modules for part in module.modules()]
+    plain, tables = _norms_and_biases(parameters, parts), _tables(parts)
+    inner = {
+        name: p
+        for name, p in parameters.items()
+        if s.optimizer == "muon" and p.dim() == 2 and BLOCK.search(name) and p not in plain | tables
+    }
     if s.optimizer == "muon" and not inner:
         raise ArraError("train.optimizer: muon is for the matrices of blocks, and none of them is trained; use adamw")
-    rest = [parameter for name, parameter in parameters.items() if name not in inner]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": s.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    if not s.decay_embeddings:
+        plain |= tables
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, p in parameters.items():
+        if name not in inner:  # one call of a kernel takes shards or whole tensors, not both
+            decays, sharded = p not in plain, isinstance(p, DTensor)
+            group = {"params": [], "weight_decay": s.weight_decay if decays else 0.0}
+            groups.setdefault((decays, sharded), group)["params"].append(p)
+    rest = [p for group in groups.values() for p in group["params"]]
     if s.optimizer == "adamw8bit":
-        return [_eight_bit_adamw(groups, s)]
-    fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in rest)
-    adamw = torch.optim.AdamW(groups, s.learning_rate, s.betas, eps=1e-8, fused=fused)
-    if not inner:
-        return [adamw]
-    matrices = [parameters[name] for name in parameters if name in inner]
-    return [Muon(matrices, s.learning_rate, momentum=s.muon_momentum, weight_decay=s.weight_decay), adamw]
+        return [_eight_bit_adamw(list(groups.values()), s)]
+    found: list[torch.optim.Optimizer] = []
+    if inner:
+        found.append(Muon(inner.values(), s.learning_rate, momentum=s.muon_momentum, weight_decay=s.weight_decay))
+    if rest:
+        fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in rest)
+        found.append(torch.optim.AdamW(list(groups.values()), s.learning_rate, s.betas, eps=1e-8, fused=fused))
+    return found
+
+
+def _norms_and_biases(parameters: Mapping[str, nn.Parameter], parts: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """What scales or shifts: all of fewer than two dimensions, and of norms and biases the others too.
+
+    Chameleon's norms of queries and keys have a row for every head.
+    """
+    norms = {p for part in parts if "Norm" in type(part).__name__ for p in part.parameters(recurse=False)}
+    return norms | {p for name, p in parameters.items() if p.dim() < 2 or name.endswith("bias")}
+
+
+def _tables(parts: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """Tables of embeddings, a head tied to one among them, and what peft trains of their rows."""
+    return {
+        p
+        for part in parts
+        if isinstance(part, nn.Embedding) or isinstance(getattr(part, "base_layer", None), nn.Embedding)
+        for p in part.parameters()
+    }
 
 
 def _eight_bit_adamw(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
@@ -115,27 +175,46 @@ def _eight_bit_adamw(groups: list[dict[str, Any]], settings: TrainSettings) -> t
             f"train.optimizer: adamw8bit runs on {' and '.join(FUSED_DEVICES)}, not on {', '.join(sorted(devices))}; "
             "use adamw"
         )
+    if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
+        raise ArraError(
+            "train.optimizer: adamw8bit does not train sharded weights; use adamw, or train.parallel.kind: ddp"
+        )
     optim = load_bitsandbytes("train.optimizer: adamw8bit").optim
-    groups = [group for group in groups if group["params"]]  # it takes no empty ones
     adamw: torch.optim.Optimizer = optim.AdamW8bit(groups, settings.learning_rate, settings.betas, eps=1e-8)
     return adamw
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> float:
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Float[Tensor, ""]:
     """The norm of all gradients together; they are scaled down to `most` if it is more, else not touched."""
+    norm = gradient_norm(parameters)
+    scale_gradients(parameters, norm, most=most)
+    return norm
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Float[Tensor, ""]:
+    """The norm of all gradients together, on their device and not waited for; of sharded ones all ranks ask for it.
+
+    The gradients are all sharded or all whole.
+    """
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    found = float(norm)
-    if found > most:
-        nn.utils.clip_grads_with_norm_(parameters, most, norm)
-    return found
+    return _whole(norm)
 
 
-def learning_rate(step: int, settings: TrainSettings) -> float:
-    """The rate of a step, counted from 0: linear warm-up, then constant or a cosine down to the final rate."""
-    s = settings
-    if step < s.warmup_steps:
-        return s.learning_rate * (step + 1) / s.warmup_steps
-    if s.schedule == "constant":
-        return s.learning_rate
-    progress = (step - s.warmup_steps) / max(1, s.steps - s.warmup_steps)
-    return s.final_learning_rate + (s.learning_rate - s.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+@torch.no_grad()
+def scale_gradients(parameters: Sequence[nn.Parameter], norm: Float[Tensor, ""], *, most: float) -> None:
+    """Nothing; gradients of this norm are scaled down to `most` if it is more, else they keep every bit."""
+    if norm.device.type == "cpu" and not norm > most:  # elsewhere, looking would wait for the device
+        return
+    factor = torch.where(norm > most, most / (norm + 1e-6), 1.0)
+    devices: dict[torch.device, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            devices.setdefault(parameter.grad.device, []).append(own_part(parameter.grad))
+    for device, gradients in devices.items():
+        torch._foreach_mul_(gradients, factor.to(device))
+
+
+def own_part(value: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory: its shard, or all of one that is not sharded."""
+    return cast(DTensor, value.detach()).to_local() if isinstance(value, DTensor) else value.detach()

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from arra.distributed import ALONE
 from arra.tokenizers.vq import Quantized, VQModel
-from arra.train.checkpoints import newest_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from arra.train.checkpoints import Checkpoints, optimizer_tensors, read_tensors, restore_optimizer
 from arra.train.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from arra.train.interrupt import TrainingInterrupted, interruptible
 from arra.train.perceptual import PerceptualDistance
@@ -196,14 +197,14 @@ class TokenizerTrainer:
         if self.discriminator is not None:
             tensors |= {f"discriminator.{name}": value for name, value in self.discriminator.state_dict().items()}
             tensors |= optimizer_tensors(self.discriminator_optimizer, self._discriminator_names())
-        save_checkpoint(folder, step=self.step, seconds=0.0, tensors=tensors, keep=1)
+        self.checkpoints(folder).save(self.step, tensors, card={})
 
     def resume(self, folder: Path) -> None:
         """Nothing; the state is the newest whole checkpoint's, or the beginning's."""
-        checkpoint = newest_checkpoint(folder)
-        if checkpoint is None:
+        saved = self.checkpoints(folder).newest()
+        if saved is None:
             return
-        tensors, self.step = checkpoint.tensors, checkpoint.step
+        tensors, self.step = read_tensors(saved, saved.tensors), saved.step
         self.last_used.copy_(tensors["last_used"])
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
         for name, value in self.average.items():
@@ -213,6 +214,10 @@ class TokenizerTrainer:
             names = self.discriminator.state_dict()
             self.discriminator.load_state_dict({name: tensors[f"discriminator.{name}"] for name in names})
             restore_optimizer(self.discriminator_optimizer, self._discriminator_names(), tensors)
+
+    def checkpoints(self, folder: Path) -> Checkpoints:
+        """Where the newest step is kept."""
+        return Checkpoints(folder, ranks=ALONE, keep_last=1, in_background=False)
 
     def _names(self) -> dict[nn.Parameter, str]:
         return {parameter: name for name, parameter in self.trained.items()}

@@ -35,8 +35,8 @@ from arra.align.targets import on_grid
 from arra.data.batches import NOTHING, TrainBatch
 from arra.models import Decoder, Painter
 from arra.models.head import head_loss
-from arra.train.loop import move, select
 from arra.train.objective import positions_of
+from arra.train.passes import move, select
 
 MAX_BINS = 16
 """Runs of positions, in raster order, that a table shows."""

@@ -43,7 +43,7 @@ def held(batches: Batches) -> InMemory:
 
 
 def equal(one: TrainBatch, other: TrainBatch) -> bool:
-    names = ("tokens", "labels", "code_mask", "prefix_mask", "rows")
+    names = ("tokens", "labels", "code_mask", "prefix_mask", "rows", "dropout_seeds")
     assert one.features is not None
     assert other.features is not None
     same = [torch.equal(getattr(one, name), getattr(other, name)) for name in names]

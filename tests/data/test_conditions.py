@@ -74,7 +74,7 @@ def test_classes_and_their_null() -> None:
         told = batch.tokens[:, 0]
         dropped += int((told == 3).sum())
         assert ((told == 3) | (told == labels[batch.rows])).all()
-        assert batch.inputs() == {}
+        assert [*batch.inputs()] == ["dropout_seeds"]
         assert batch.code_mask[:, 0].sum() == 0
         assert batch.predicting.all()  # the class predicts the first code
     assert dropped / (200 * COUNT) == pytest.approx(0.1, abs=0.03)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from arra.align import Alignment
+from arra.align import Alignment, Places
 from arra.data.batches import Batches, InMemory, TrainBatch, make_batch
 from arra.data.conditions import CaptionConditions, ClassConditions, Prefix
 from arra.models import Decoder, load_decoder
 from arra.runs import Run
-from arra.train.loop import Trainer, select
+from arra.train.loop import Trainer
 from arra.train.objective import compute_losses
+from arra.train.passes import select
 from arra.train.settings import TrainSettings
 
 FOLDER = Path(__file__).parent / "llamagen"
@@ -78,9 +79,8 @@ def test_the_average_decays_as_in_the_original(warmup: bool, tmp_path: Path) -> 
         decay = min(0.99, (2 + step) / (11 + step)) if warmup else 0.99
         for name, value in ours.parameters.items():
             expected[name] = expected[name] * decay + value.detach() * (1 - decay)
-    assert ours.average is not None
-    for name, average in ours.average.items():
-        torch.testing.assert_close(average, expected[name])
+    for name, average in ours.averages.tensors().items():
+        torch.testing.assert_close(average, expected[name.removeprefix("average.")])
 
 
 class Ragged:
@@ -139,8 +139,8 @@ def test_a_dropped_caption_keeps_its_mask() -> None:
 class Aligned(Alignment):
     """Keeps the states that are aligned, one row of them for each record."""
 
-    def forward(self, hidden: Tensor, features: Tensor, positions: Tensor, **told: Any) -> Tensor:
-        self.seen = hidden[positions].view(len(hidden), 16, -1).detach()
+    def forward(self, hidden: Tensor, features: Tensor, positions: Tensor | Places, **told: Any) -> Tensor:
+        self.seen = Places.of(positions).of_states(hidden).view(len(hidden), 16, -1).detach()
         return super().forward(hidden, features, positions, **told)
 
 

@@ -27,7 +27,7 @@ from arra.errors import ArraError
 from arra.models import Decoder, DecoderSettings
 from arra.runs import Run
 from arra.train.alignment import build_alignment, count_parameters
-from arra.train.loop import Trainer, on_each_part
+from arra.train.loop import Trainer
 from arra.train.objective import compute_losses, positions_of
 from arra.train.settings import AlignSettings, AlignTerm, TrainSettings
 
@@ -311,7 +311,7 @@ def test_parts_add_up_to_the_whole(target: str, projector: str, loss: str) -> No
     term.zero_grad()
     total = 0.0
     for piece in PIECES:
-        part = on_each_part(batch, lambda each, piece=piece: each[piece])  # type: ignore[misc]
+        part = batch.changed(lambda each, piece=piece: each[piece])  # type: ignore[misc]
         told: dict[str, Any] = {"num_tokens": int(batch.labelled.sum()), "num_images": len(PROMPTS)}
         losses = compute_losses(model, part, term, candidates=batch.features, **told)
         losses.total.backward()
@@ -582,10 +582,10 @@ def test_micro_batches_train_the_same_model(loss: Any, tmp_path: Path) -> None:
     settings = AlignSettings(loss=loss, balance=0.5)
     whole, parts = (make_trainer(tmp_path / str(m), settings, micro_batch_size=m) for m in (None, 1))
     for _ in range(4):
-        one, other = whole.train_step()[0], parts.train_step()[0]
-        assert one.gva is not None
-        assert other.gva is not None
-        assert one.gva.item() == pytest.approx(other.gva.item(), rel=1e-4)
+        one, other = whole.train_step(), parts.train_step()
+        assert one is not None
+        assert other is not None
+        assert one.aligned["main"] == pytest.approx(other.aligned["main"], rel=1e-4)
     for name, balance in whole.balances().items():
         assert balance.factor == pytest.approx(parts.balances()[name].factor, rel=1e-3)
     torch.testing.assert_close(weights_of(whole), weights_of(parts), rtol=1e-3, atol=1e-4)
@@ -593,8 +593,8 @@ def test_micro_batches_train_the_same_model(loss: Any, tmp_path: Path) -> None:
 
 def test_a_stopped_term_is_left_out(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run", AlignSettings(stop_step=3, warmup_steps=2))
-    found = [trainer.train_step()[0].gva for _ in range(5)]
-    assert [each is None for each in found] == [False] * 3 + [True] * 2
+    found = [trainer.train_step() for _ in range(5)]
+    assert [each is not None and not each.aligned for each in found] == [False] * 3 + [True] * 2
     rows = list(metrics(trainer, tmp_path / "logged", AlignSettings(stop_step=3, warmup_steps=2)))
     assert [row["align_weight"] for row in rows] == [0.5, 1, 1, 0, 0, 0, 0, 0]
     assert [row["gva_loss"] is None for row in rows] == [False] * 3 + [True] * 5

@@ -17,8 +17,9 @@ from arra.models import CausalLM
 from arra.runs import Run
 from arra.stages.language import LoraSettings, add_lora, train_head_rows
 from arra.train.alignment import build_alignment
-from arra.train.loop import Trainer, select, validation_loss
+from arra.train.loop import Trainer
 from arra.train.objective import compute_losses
+from arra.train.passes import select, validation_loss
 from arra.train.settings import AlignSettings, TrainSettings
 from tests.models.toy_lms import toy_lm
 
@@ -196,7 +197,7 @@ def test_micro_batches_are_the_whole_batch(size: int, tmp_path: Path) -> None:
         make_trainer(tmp_path / name, ALIGN, text_rows=3, z_weight=0.1, micro_batch_size=each)
         for name, each in (("whole", None), ("parts", size))
     )
-    losses = [trainer.accumulate(trainer.batches.batch(0)) for trainer in (whole, parts)]
+    losses = [trainer.passes.gradients(trainer.batches.batch(0), step=0).losses for trainer in (whole, parts)]
     batch = whole.batches.batch(0)
     assert not bool(batch.predicting.any(1).all())  # rows of text have no picture
     losses.append(compute_losses(whole.model, batch, whole.alignment, z_weight=0.1))  # the plain means
@@ -216,7 +217,10 @@ def test_rows_of_text_are_no_candidates_and_upset_no_balance(size: int, loss: An
         make_trainer(tmp_path / name, settings, text_rows=rows, micro_batch_size=each)
         for name, each, rows in (("whole", None, 3), ("parts", size, 3), ("pictures", None, 0))
     )
-    found = [trainer.accumulate(trainer.batches.batch(0)).gva for trainer in (whole, parts, pictures)]
+    passed = [trainer.passes.gradients(trainer.batches.batch(0), step=0) for trainer in (whole, parts, pictures)]
+    found = [each.losses.gva for each in passed]
+    for trainer, each in zip((whole, parts), passed, strict=False):
+        trainer.balance({name: value.tolist() for name, value in each.squares.items()})
     assert found[0] is not None
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], atol=1e-5, rtol=1e-5)
@@ -243,9 +247,11 @@ def test_a_resumed_training_ends_in_the_same_weights(part: str, tmp_path: Path) 
     for _ in range(2):
         first.train_step()
     first.save()
-    saved = next((tmp_path / "two" / "checkpoints").glob("*2.safetensors"))
+    saved = first.checkpoints.newest()
+    assert saved is not None
     if part != "all":
-        assert saved.stat().st_size < 4 * sum(p.numel() for p in first.model.parameters())
+        size = sum(path.stat().st_size for path in saved.path.glob("*.safetensors"))
+        assert size < 4 * sum(p.numel() for p in first.model.parameters())
     second = make_trainer(tmp_path / "two", ALIGN, model=model(), text_rows=2)
     second.train()
     assert second.step == 6

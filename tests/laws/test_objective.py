@@ -2,21 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from arra.align import Alignment
-from arra.data.batches import NOTHING, TrainBatch, make_batch
+from arra.align import Alignment, Alignments, Balance, Loss, Places, ProjectorKind, Target
+from arra.data.batches import NOTHING, TrainBatch, make_batch, text_batch
 from arra.data.conditions import Prefix
 from arra.data.language import padded_batch
 from arra.data.layout import ImageLayout, Written
-from arra.models import CausalLM, Painter
-from arra.train.loop import on_each_part
-from arra.train.objective import Losses, compute_losses
+from arra.models import CausalLM, Decoder, Painter
+from arra.models.adapters import LoraSettings, add_lora
+from arra.train.objective import Losses, compute_losses, located
 from tests.models.toy_lms import toy_lm
 from tests.models.toys import toy_decoder
 
@@ -54,7 +56,7 @@ def aligning(weight: float = 0.5, hidden_size: int = 32) -> Alignment:
 
 
 def rows_of(batch: TrainBatch, rows: Sequence[int]) -> TrainBatch:
-    return on_each_part(batch, lambda part: part[list(rows)])
+    return batch.changed(lambda part: part[list(rows)])
 
 
 def cropped(batch: TrainBatch) -> TrainBatch:
@@ -167,6 +169,118 @@ def test_text_alone_is_not_aligned() -> None:
     torch.testing.assert_close(losses.total, compute_losses(model, text, None).total)
     losses.total.backward()
     assert not any(gradients(alignment.projector, None)[0].flatten())  # type: ignore[arg-type]
+
+
+def text_decoder(**changes: Any) -> Decoder:
+    fields: dict[str, Any] = {"condition": "text", "prefix_length": 4, "text_vocab_size": 20, "rep_token": True}
+    return toy_decoder(**fields, **changes, drop_path=0.2).train()
+
+
+def decoder_batch(rows: int = 4) -> TrainBatch:
+    generator = torch.Generator().manual_seed(4)
+    features = {
+        "teacher": torch.randn(rows, 8, generator=generator),
+        "patches": torch.randn(rows, 4, 8, generator=generator),
+    }
+    codes = torch.randint(16, (rows, 4), generator=generator)
+    batch = text_batch([[3]] * rows, codes, prefix_length=4, features=features, rep_token=True)
+    return replace(batch, dropout_seeds=torch.arange(rows))
+
+
+def all_terms(kind: str) -> Alignments:
+    """Every target, loss and kind of projector that the batch of a decoder, or the mixed one of a language model, has.
+
+    The mixed one has pictures of several sizes, no patches and no REP token; a decoder is never fed the last token.
+    """
+    patches = {"encoder": "patches"}
+    terms: dict[str, dict[str, Any]] = {target: {"target": target} for target in get_args(Target)}
+    terms |= {"patch": {"target": "patch", **patches}, "causal": {"target": "causal", **patches}}
+    terms |= {loss: {"loss": loss} for loss in get_args(Loss)}
+    terms |= {"patches to patches": {"target": "patch", "loss": "nt-xent", **patches}}
+    terms |= {kind: {"projector": kind} for kind in get_args(ProjectorKind)}
+    terms |= {"late ones": {"position_power": 2.0}, "balanced": {"balance": Balance(share=0.5)}}
+    without = {"legacy-2025-03"} if kind == "decoder" else {"rep", "patch", "causal", "patches to patches", "conv"}
+    return Alignments(
+        {
+            name: Alignment(hidden_size=32, feature_size=8, layer=1, **told)
+            for name, told in terms.items()
+            if name not in without
+        }
+    )
+
+
+class NobodyWaits(TorchDispatchMode):
+    """Refuses what would wait for an accelerator: numbers, and lists of places, that follow from a tensor's values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), str(func)
+        mask = func.overloadpacket is torch.ops.aten.index and any(
+            each is not None and each.dtype == torch.bool for each in args[1]
+        )
+        assert not mask, str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["decoder", "llama", "qwen2", "gemma2"])
+def test_a_located_batch_makes_nobody_wait(kind: str) -> None:
+    """And is worth the same."""
+    model: Painter = text_decoder() if kind == "decoder" else language_model(kind)
+    terms = all_terms(kind)
+    batch = decoder_batch() if kind == "decoder" else replace(mixed_batch(), dropout_seeds=torch.arange(6))
+    found = located(batch, {term.target for _, term in terms.items()})
+    told: dict[str, Any] = {"z_weight": Z_WEIGHT, "num_tokens": 99, "num_images": 7}
+    compute_losses(model, found, terms, **told)  # what is made once is there
+    with NobodyWaits():
+        losses = compute_losses(model, found, terms, **told)
+    losses.total.backward()
+    with NobodyWaits():
+        squares = [each.squares() for each in losses.gradients.values()]
+    plain = compute_losses(model, batch, terms, **told)
+    assert torch.equal(losses.total, plain.total)
+    assert losses.aligned.keys() == plain.aligned.keys() == dict(terms.items()).keys()
+    assert all(float(own) > 0 and float(other) > 0 for own, other in squares)
+
+
+def test_places_go_where_their_batch_goes_and_fit_no_other() -> None:
+    model, batch = text_decoder(), located(decoder_batch(), {"hybnext"})
+    assert batch.places is not None
+    moved = batch.changed(lambda part: part.to("meta"))
+    assert moved.places is not None
+    for name, places in moved.places.items():
+        assert isinstance(places, Places)
+        assert places.at.is_meta
+        assert places.image.is_meta
+        assert places.rows.is_meta
+        assert places.counts == batch.places[name].counts  # type: ignore[attr-defined]
+    rows = replace(decoder_batch(3), places=batch.places)
+    with pytest.raises(ValueError, match=r"places of \(4, 8\) for states of \(3, 8\)"):
+        compute_losses(model, rows, None)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "llama", "smollm", "adapters"])
+def test_where_nothing_is_learnt_gradients_are_zeros(kind: str) -> None:
+    """Of every parameter that is trained, projectors too: no rank waits for one that another has."""
+    terms = all_terms(kind)
+    model: Painter
+    if kind == "decoder":
+        model, batch = text_decoder(), decoder_batch(1)
+    else:
+        lm = toy_lm("llama" if kind == "adapters" else kind, rows=50)
+        if kind == "adapters":
+            add_lora(lm, LoraSettings(rank=4, dropout=0.1), rows=[20, 21], seed=0)
+        model = CausalLM(lm, layout=LAYOUT, grid=(2, 2)).train()
+        batch = rows_of(mixed_batch(), [0])
+    nothing = replace(batch, labels=torch.full_like(batch.labels, NOTHING), code_mask=torch.zeros_like(batch.code_mask))
+    losses = compute_losses(model, nothing, terms, z_weight=Z_WEIGHT, num_tokens=40, num_images=4)
+    assert losses.total.item() == losses.ntp.item() == losses.z.item() == 0
+    assert {each.item() for each in losses.aligned.values()} == {0}
+    losses.total.backward()
+    for name, parameter in [*model.named_parameters(), *terms.named_parameters()]:
+        if parameter.requires_grad and not (kind == "decoder" and name == "cls_embedding.uncond_embedding"):
+            assert parameter.grad is not None, name
+            assert not parameter.grad.any(), name
+    for gradient in losses.gradients.values():
+        assert [float(each) for each in gradient.squares()] == [0, 0]
 
 
 def test_a_weight_of_zero_trains_what_no_alignment_trains() -> None:

@@ -20,6 +20,8 @@ from arra.models.adapters import LoraSettings, add_lora, merge_adapters
 from arra.models.extend import is_tied
 from arra.sample.generate import generate
 from arra.tokenizers.prompts import prompt_tokenizer
+from arra.train.parallel import recompute_blocks
+from arra.train.settings import TrainSettings
 from tests.models.toy_lms import FAMILIES, toy_lm, toy_words
 
 TEXT, CODES, GRID = 300, 24, (3, 4)
@@ -440,7 +442,8 @@ def test_recomputing_and_dropping_in_the_blocks(family: str) -> None:
     gradients = []
     for again in (False, True):
         model.train()
-        model.recompute = again
+        if again:
+            recompute_blocks(model, TrainSettings(steps=1, recompute="full"))
         model.zero_grad()
         torch.manual_seed(5)
         output = model(tokens, capture=[1])

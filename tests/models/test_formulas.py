@@ -1,20 +1,20 @@
 """The whole decoder against its formulas, written out once more: heads of 100, every dropout, both conditions.
 
-The reference below shares no line with `arra.models`. Masks of dropout are drawn in the order of the layers, the one
-thing that is not in the formulas.
+The reference below shares no line with `arra.models`, nor do the draws of dropout, which `plain_dropout` writes out.
 """
 
 import math
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arra.models import Decoder, DecoderSettings, lean
 from arra.models.blocks import Block, CaptionEmbedding, ClassEmbedding
+from tests.models import plain_dropout
 
 CODES = 24
 SHAPES: dict[str, dict[str, Any]] = {
@@ -75,16 +75,22 @@ def attention(model: Decoder, x: Tensor, w: dict[str, Tensor], allowed: Tensor) 
     return torch.einsum("bnqk,bknd->bqnd", weights, heads[2]).flatten(2) @ w["attention.wo"].T
 
 
+def dropped(x: Tensor, seeds: np.ndarray, site: int, p: float) -> Tensor:
+    return x * torch.from_numpy(plain_dropout.kept(seeds, x.shape[1:], site, p)) / (1 - round(p * 65536) / 65536)
+
+
 def reference(model: Decoder, prefix: Tensor, codes: Tensor, allowed: Tensor) -> Tensor:
     """Logits at the positions that predict codes; `prefix` are the condition's vectors."""
     s, state = model.settings, model.state_dict(keep_vars=True)
     x = torch.cat([prefix, state["tok_embeddings.weight"][codes[:, :-1]]], 1)
-    x = F.dropout(x, s.token_dropout) if s.token_dropout else x
+    seeds = plain_dropout.site_seeds(torch.randint(2**62, (len(x),)), s.num_layers + 1)
+    x = dropped(x, seeds[-1], 0, s.token_dropout)
     for layer in range(s.num_layers):
         start = f"layers.{layer}."
         w = {k.removeprefix(start).removesuffix(".weight"): v for k, v in state.items() if k.startswith(start)}
-        chance = s.drop_path * layer / (s.num_layers - 1)
-        for half in ("attention", "ffn"):
+        levels = round(s.drop_path * 65536) * layer // (s.num_layers - 1)
+        paths = torch.from_numpy(plain_dropout.path_kept(seeds[layer], 2, levels)) / (1 - levels / 65536)
+        for branch, half in enumerate(("attention", "ffn")):
             y = normed(x, w[f"{half}_norm"])
             if half == "attention":
                 y, dropout = attention(model, y, w, allowed), s.resid_dropout
@@ -92,10 +98,8 @@ def reference(model: Decoder, prefix: Tensor, codes: Tensor, allowed: Tensor) ->
                 gate = y @ w["feed_forward.w1"].T
                 y = (gate * gate.sigmoid() * (y @ w["feed_forward.w3"].T)) @ w["feed_forward.w2"].T
                 dropout = s.ffn_dropout
-            y = F.dropout(y, dropout) if dropout else y
-            if chance:  # whole samples, the attention and the feed-forward each on its own
-                y = y * torch.empty(len(y), 1, 1).bernoulli_(1 - chance) / (1 - chance)
-            x = x + y
+            # whole samples are skipped too, the attention and the feed-forward each on its own
+            x = x + dropped(y, seeds[layer], branch, dropout) * paths[:, branch, None, None]
     return (normed(x, state["norm.weight"]) @ state["output.weight"].T)[:, s.prefix_length - 1 :]
 
 

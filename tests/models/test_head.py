@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arra.models import head as heads
 from arra.models.head import CalledHead, Head, head_loss, head_losses, head_of
@@ -141,6 +142,44 @@ def test_nothing_labelled_is_no_loss() -> None:
     assert weight.grad is not None
     assert not weight.grad.any()
     assert head_losses(hidden, Head(weight), none)[0].shape == (0,)
+
+
+def test_one_share_is_that_of_every_position() -> None:
+    labels, _ = targets()
+    found, wanted = inputs(bias=True), inputs(bias=True)
+    one = head_loss(found[0], Head(found[1], found[2]), labels, shares=0.3, z_weight=0.01)
+    all_of_them = head_loss(wanted[0], Head(wanted[1], wanted[2]), labels, shares=torch.full((N,), 0.3), z_weight=0.01)
+    one[0].backward()
+    all_of_them[0].backward()
+    same([*one, *(x.grad for x in found)], [*all_of_them, *(x.grad for x in wanted)], rtol=0, atol=0)
+    layer = nn.Linear(D, V)
+    called = [head_loss(found[0], CalledHead(layer), labels, shares=share)[0] for share in (0.3, torch.full((N,), 0.3))]
+    assert torch.equal(*called)
+
+
+class Conversions(TorchDispatchMode):
+    """Counts conversions of whole head weights."""
+
+    count = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += call is torch.ops.aten._to_copy.default and args[0].shape == (V, D)
+        return call(*args, **(kwargs or {}))
+
+
+def test_weights_are_rounded_once_and_not_for_every_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "HEAD_BYTES", 1)
+    monkeypatch.setattr(heads, "BLOCK_BYTES", 4 * D)  # so that what a CPU widens again is told apart
+    hidden, weight = inputs()
+    labels, _ = targets()
+    with torch.autocast("cpu", torch.bfloat16):
+        for measure in (
+            lambda: head_loss(hidden, Head(weight), labels, shares=0.1),
+            lambda: head_losses(hidden, Head(weight), labels),
+        ):
+            with Conversions() as seen:
+                measure()
+            assert seen.count == 1
 
 
 NARROW = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)]

@@ -12,6 +12,7 @@ from arra.data.conditions import Prefix
 from arra.models import lean, load_decoder, products
 from arra.models.blocks import apply_rotary, rotary_table
 from arra.models.decoder import Decoder
+from arra.models.dropout import dropped, path_factors
 from arra.models.products import inferred, packed_weights, product
 from arra.models.settings import DecoderSettings
 from arra.sample.generate import generate
@@ -69,18 +70,11 @@ def test_norm_and_gate() -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_dropout_draws_the_mask_of_torch(p: float) -> None:
-    def seeded(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        def run(x: Tensor, y: Tensor) -> Tensor:
-            torch.manual_seed(5)
-            return function(x, y)
-
-        return run
-
-    x, y = torch.randn(2, 6, 16), torch.randn(2, 6, 16)
+def test_dropout_drops_what_the_plain_form_drops(p: float) -> None:
+    x, y, seeds = torch.randn(2, 6, 16), torch.randn(2, 6, 16), torch.tensor([3, 4])
     agree(
-        gradients(seeded(lambda x, y: lean.drop_add(x, y, p)), x, y),
-        gradients(seeded(lambda x, y: x + F.dropout(y, p)), x, y),
+        gradients(lambda x, y: lean.drop_add(x, y, p, seeds, site=1), x, y),
+        gradients(lambda x, y: x + dropped(y, p, seeds, site=1), x, y),
     )
 
 
@@ -192,7 +186,8 @@ def test_packing_leaves_a_model_alone_where_a_layer_is_wrapped_or_memory_is_shor
 
 def test_drop_path_skips_whole_samples() -> None:
     model = tiny(drop_path=0.5, token_dropout=0.0, resid_dropout=0.0, ffn_dropout=0.0, num_layers=3)
-    assert [block.drop_path for block in model.layers] == [0.0, 0.25, 0.5]
+    factors = path_factors(torch.arange(3 * 999).view(3, 999), 0.5, site=2)
+    assert [each.unique().tolist() for each in factors] == [[1], pytest.approx([0, 1 / 0.75]), [0, 2]]
     tokens = torch.cat([torch.ones(64, 1, dtype=torch.int64), torch.randint(96, (1, 15)).expand(64, -1)], 1)
     captured = model(tokens, capture=(2, 3)).captured
     same = (captured[2] == captured[3]).all(2).all(1)

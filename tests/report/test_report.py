@@ -20,10 +20,10 @@ from arra.report.page import (
     Samples,
     build_report,
     equal_budgets,
-    format_seconds,
     headline,
     tally,
 )
+from arra.report.style import format_seconds
 
 EVIL = "<script>alert('x')</script> \"quoted\" & <img src=https://example.org/x.png>"
 PROMPTS = (EVIL, "red heart on fire")

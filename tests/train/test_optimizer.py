@@ -1,18 +1,41 @@
-"""Muon against torch's own, AdamW in 8 bits against AdamW, which tensors which optimiser moves, and how far."""
+"""Muon against torch's own, AdamW in 8 bits against AdamW, which tensors which optimiser moves, and how far.
 
+And the whole update on two ranks, of shards, against one process.
+"""
+
+import math
+import multiprocessing
 import sys
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+import arra.train.optimizer
 from arra.errors import ArraError
-from arra.train.checkpoints import newest_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
-from arra.train.optimizer import Muon, learning_rate, make_optimizers, orthogonalized
+from arra.models.adapters import LoraSettings, add_lora
+from arra.models.chameleon_network import SharedHeadNorm
+from arra.train.average import Averages
+from arra.train.checkpoints import optimizer_tensors, restore_optimizer
+from arra.train.optimizer import (
+    Muon,
+    clip_gradients,
+    gradient_norm,
+    make_optimizers,
+    orthogonalized,
+    scale_gradients,
+)
 from arra.train.settings import TrainSettings
 
+GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 SHAPES = [(24, 8), (8, 8), (8, 24), (24, 8)]
 
 
@@ -104,14 +127,116 @@ def test_norms_and_biases_do_not_decay(optimizer: str) -> None:
         assert torch.allclose(p, torch.full_like(p, expected)), name
 
 
-def test_rate_warms_up_and_ends_low() -> None:
-    s = TrainSettings(steps=100, learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1)
-    rates = [learning_rate(step, s) for step in range(100)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert all(a >= b for a, b in pairwise(rates[10:]))
-    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
-    constant = TrainSettings(steps=100, learning_rate=1.0, warmup_steps=10, schedule="constant")
-    assert learning_rate(99, constant) == 1.0
+class Parts(nn.Module):
+    """Every kind of parameter that models here have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(7, 4)
+        self.position_table = nn.Embedding(3, 4)
+        self.rep_embedding = nn.Embedding(1, 4)
+        self.layers = nn.ModuleList([nn.Module()])
+        self.layers[0].norm = nn.LayerNorm(4)
+        self.layers[0].q_norm = SharedHeadNorm(rows=2, num_heads=2, head_dim=2)
+        self.layers[0].wo = nn.Linear(4, 4)
+        self.layers[0].experts = nn.Parameter(torch.ones(2, 4, 5))
+        self.lora_A = nn.Parameter(torch.ones(2, 4))
+        self.conv = nn.Conv2d(4, 2, 3)
+        self.output = nn.Linear(4, 7, bias=False)
+
+
+MATRICES = {"layers.0.wo.weight", "layers.0.experts", "lora_A", "conv.weight", "output.weight"}
+TABLES = {"tok_embeddings.weight", "position_table.weight", "rep_embedding.weight"}
+
+
+def decayed(module: nn.Module, **changes: Any) -> set[str]:
+    """Names of the parameters that an optimiser shrinks when their gradients are 0."""
+    named = {f"model.{name}": p for name, p in module.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for p in named.values():
+            p.fill_(1)
+            p.grad = torch.zeros_like(p)
+    settings = TrainSettings(steps=10, weight_decay=0.5, learning_rate=0.1, **changes)
+    for each in make_optimizers(named, settings, modules=[module]):
+        each.step()
+    shrunk = {name.removeprefix("model.") for name, p in named.items() if torch.allclose(p, torch.tensor(0.95))}
+    kept = {name.removeprefix("model.") for name, p in named.items() if torch.equal(p, torch.ones_like(p))}
+    assert len(shrunk) + len(kept) == len(named)
+    return shrunk
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_matrices_decay_and_tables_as_they_are_told(optimizer: str) -> None:
+    """Norms and biases never do, though a norm of queries has a row for each head."""
+    assert decayed(Parts(), optimizer=optimizer) == MATRICES | TABLES
+    assert decayed(Parts(), optimizer=optimizer, decay_embeddings=False) == MATRICES
+
+
+def test_a_tied_head_is_a_table() -> None:
+    tied = Parts()
+    tied.output.weight = tied.tok_embeddings.weight
+    assert decayed(tied, decay_embeddings=False) == MATRICES - {"output.weight"}
+
+
+def test_trained_rows_of_a_table_are_of_the_table() -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=24, **shape))
+    add_lora(lm, LoraSettings(rank=2), rows=[3, 4], seed=0)
+    rows = {name for name, p in lm.named_parameters() if p.requires_grad and "lora" not in name}
+    (of_table,) = (name for name in rows if "embed_tokens" in name)
+    assert len(rows) == 2
+    assert decayed(lm) - decayed(lm, decay_embeddings=False) == {of_table}
+
+
+def test_muon_leaves_norms_and_tables_in_blocks_to_adamw() -> None:
+    module = Parts()
+    module.layers[0].bias_table = nn.Embedding(2, 2)
+    named = {f"model.{name}": p for name, p in module.named_parameters()}
+    muon, _ = make_optimizers(named, TrainSettings(steps=1, optimizer="muon"), modules=[module])
+    (group,) = muon.param_groups
+    assert [id(p) for p in group["params"]] == [id(named["model.layers.0.wo.weight"])]
+
+
+def test_muon_alone_needs_no_adamw() -> None:
+    named = {"model.layers.0.lora_A": nn.Parameter(torch.ones(2, 4))}
+    assert [type(each) for each in make_optimizers(named, TrainSettings(steps=1, optimizer="muon"))] == [Muon]
+
+
+def test_stacks_of_any_size_make_the_same_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, results = TrainSettings(steps=1, optimizer="muon"), []
+    for most in (2**28, 2 * 4 * 64 * 64, 1):
+        monkeypatch.setattr(arra.train.optimizer, "STACK_BYTES", most)
+        named = {f"model.layers.{i}.w": nn.Parameter(torch.full((64, 64), 0.1)) for i in range(5)}
+        results.append(torch.stack(steps(named, make_optimizers(named, settings), range(2))))
+    for each in results[1:]:
+        torch.testing.assert_close(each, results[0], rtol=0, atol=1e-6)
+
+
+def with_gradients(*values: list[float]) -> list[nn.Parameter]:
+    made = [nn.Parameter(torch.zeros(len(value))) for value in values]
+    for p, value in zip(made, values, strict=True):
+        p.grad = torch.tensor(value)
+    return [*made, nn.Parameter(torch.zeros(3))]  # and one without a gradient
+
+
+def test_gradients_are_scaled_down_together_and_never_up() -> None:
+    named = with_gradients([3.0, 0.0], [4.0])
+    assert clip_gradients(named, 1.0) == 5.0
+    assert gradient_norm(named) == pytest.approx(1.0, abs=1e-6)
+    torch.testing.assert_close(named[0].grad, torch.tensor([0.6, 0.0]))
+    assert gradient_norm([nn.Parameter(torch.ones(2))]) == 0
+
+
+@pytest.mark.parametrize("most", [5.0, 5.0000005, 7.0, math.inf])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_what_is_not_above_the_limit_keeps_every_bit(most: float, device: str) -> None:
+    named = with_gradients([3.0, 1e-30], [4.0])
+    for p in named[:2]:
+        p.data = p.data.to(device)
+        p.grad = None if p.grad is None else p.grad.to(device)
+    before = [p.grad.clone() for p in named[:2] if p.grad is not None]
+    scale_gradients(named, gradient_norm(named[:2]), most=most)
+    assert all(torch.equal(p.grad, b) for p, b in zip(named, before, strict=False) if p.grad is not None)
 
 
 def larger(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
@@ -146,7 +271,7 @@ def test_eight_bits_follow_adamw_in_a_byte_a_moment() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw8bit"])
-def test_an_optimiser_goes_on_from_its_saved_state(optimizer: str, tmp_path: Path) -> None:
+def test_an_optimiser_goes_on_from_its_saved_state(optimizer: str) -> None:
     settings = TrainSettings(steps=10, learning_rate=1e-3, optimizer=optimizer)
     whole, first, second = larger(), larger(), larger()
     wanted = steps(whole, make_optimizers(whole, settings), range(5))
@@ -154,16 +279,13 @@ def test_an_optimiser_goes_on_from_its_saved_state(optimizer: str, tmp_path: Pat
     steps(first, before, range(3))
     saved: dict[str, Tensor] = {}
     for each in before:
-        saved |= optimizer_tensors(each, {p: n for n, p in first.items()})
-    save_checkpoint(tmp_path, step=3, seconds=0.0, tensors=saved, keep=1)
-    kept = newest_checkpoint(tmp_path)
-    assert kept is not None
+        saved |= {key: v.clone() for key, v in optimizer_tensors(each, {p: n for n, p in first.items()}).items()}
     after = make_optimizers(second, settings)
     with torch.no_grad():
         for name, p in second.items():
             p.copy_(first[name])
     for each in after:
-        restore_optimizer(each, {p: n for n, p in second.items()}, kept.tensors)
+        restore_optimizer(each, {p: n for n, p in second.items()}, saved)
     for a, b in zip(steps(second, after, range(3, 5)), wanted, strict=True):
         assert torch.equal(a, b)
 
@@ -196,3 +318,93 @@ def test_the_papers_step_moves_a_float32_weight(optimizer: str) -> None:
         moved[torch.float32], torch.full((64, 96), 2e-5, dtype=torch.float64), rtol=1e-2, atol=0.0
     )
     assert not moved[torch.bfloat16].any()
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+class Toy(nn.Module):
+    """Blocks of matrices, norms and biases whose rows do not divide among two ranks, and a tied table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+        self.layers = nn.ModuleList(
+            [nn.Sequential(nn.Linear(3, 7), nn.LayerNorm(7), nn.Linear(7, 3)) for _ in range(2)]
+        )
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.table.weight
+
+
+def updated(*, sharded: bool, **changes: Any) -> dict[str, Tensor]:
+    """Weights, averages and norms after some updates, whole, on every rank."""
+    torch.manual_seed(0)
+    model, projector = Toy(), nn.Linear(3, 2)
+    if sharded:
+        mesh = init_device_mesh("cpu", (2,))
+        for block in model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    weights = {f"model.{name}": p for name, p in model.named_parameters()}
+    others = {f"align.{name}": p for name, p in projector.named_parameters()}
+    settings = TrainSettings(steps=9, learning_rate=0.01, weight_decay=0.5, **changes)
+    optimizers = make_optimizers(weights | others, settings, modules=[model, projector])
+    averages = Averages(weights, [0.5, 0.9], warmup=False, offload=True)
+    found: dict[str, Tensor] = {}
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for p in [*weights.values(), *others.values()]:
+            gradient = torch.randn(p.shape, generator=generator)
+            p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if isinstance(p, DTensor) else gradient
+        norm = gradient_norm(list(weights.values()))
+        assert not isinstance(norm, DTensor)
+        found[f"norm {step}"] = norm
+        scale_gradients(list(weights.values()), norm, most=1.0)
+        found[f"projector's norm {step}"] = clip_gradients(list(others.values()), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        averages.update(step + 1)
+    with averages.in_place_of(weights, which=1):
+        found |= {f"in place {name}": whole(p) for name, p in weights.items()}
+    states = {p: n for n, p in (weights | others).items()}
+    kept = [optimizer_tensors(optimizer, states) for optimizer in optimizers]
+    everything: list[Mapping[str, Tensor]] = [weights, others, averages.tensors(), *kept]
+    return found | {name: whole(value) for each in everything for name, value in each.items()}
+
+
+def whole(value: Tensor) -> Tensor:
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+
+
+def on_two_ranks(store: Path, work: Callable[[], None]) -> list[int | None]:
+    """The exit codes of two processes that do the work together."""
+
+    def of_rank(rank: int) -> None:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
+        work()
+        dist.destroy_process_group()
+
+    processes = [FORK.Process(target=of_rank, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def test_an_update_of_shards_is_the_update_of_the_whole(tmp_path: Path) -> None:
+    """Groups, clipping, fused AdamW, Muon and averages on two ranks, one of which has nothing of some tensors."""
+    choices: list[dict[str, Any]] = [{"decay_embeddings": False}, {"optimizer": "muon"}]
+
+    def work() -> None:
+        for changes in choices:
+            found, wanted = updated(sharded=True, **changes), updated(sharded=False, **changes)
+            assert found.keys() == wanted.keys()
+            for name, value in wanted.items():
+                assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-6), name
+        shards = {"w": nn.Parameter(distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (2,))))}
+        with pytest.raises(ArraError, match=r"^train\.optimizer: adamw8bit does not train sharded weights; use adamw"):
+            make_optimizers(shards, TrainSettings(steps=1, optimizer="adamw8bit"))
+
+    assert on_two_ranks(tmp_path / "store", work) == [0, 0]

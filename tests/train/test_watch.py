@@ -16,8 +16,9 @@ from arra.data.layout import ImageLayout
 from arra.models import CausalLM, Decoder, DecoderSettings, Painter
 from arra.runs import Run
 from arra.train.alignment import build_alignment
-from arra.train.loop import Trainer, select
+from arra.train.loop import Trainer
 from arra.train.objective import compute_losses
+from arra.train.passes import select
 from arra.train.settings import AlignSettings, AlignTerm, TrainSettings
 from arra.train.watch import Watcher, every_other, in_bins, only_embeddings_trainable, untouched
 from tests.models.toy_lms import toy_lm
@@ -384,5 +385,5 @@ class Fixed:
 
     one: TrainBatch
 
-    def batch(self, step: int) -> TrainBatch:
+    def batch(self, step: int, *, rank: int = 0, num_ranks: int = 1) -> TrainBatch:
         return self.one

@@ -238,7 +238,7 @@ def test_chameleons_kin_paint_any_aspect(shop: Workshop) -> None:
         tokenizer={"name": "vqgan"},
         model={"llm": {"folder": "lumina", "dropout": 0.05}},
         align={"layer": 1, "center": False},
-        train={**TRAIN, "z_weight": 1e-5, "recompute": True},
+        train={**TRAIN, "z_weight": 1e-5, "recompute": "full"},
         caption_judge=None,
     )
     shop.done("prepare", recipe, "--store", "store", "--workers", 0)

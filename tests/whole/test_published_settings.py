@@ -51,7 +51,9 @@ def test_an_aligned_row_differs_in_the_alignment_alone(name: str, row: str) -> N
 def test_classes(row: str) -> None:
     recipe, (epochs, batch, rate) = load_recipe("llamagen_c2i", row=row), C2I[row]
     assert (recipe.train.batch_size, recipe.train.learning_rate) == (batch, rate)
-    assert recipe.train.steps == epochs * (IMAGENET_TRAIN // batch)
+    # theirs leave an epoch's last pictures out, which do not fill a batch
+    whole = recipe.resolved(IMAGENET_TRAIN).train.steps
+    assert 0 <= whole - epochs * (IMAGENET_TRAIN // batch) < epochs
     assert recipe.model.condition == "class"
     assert (recipe.data.crop.kind, recipe.data.crop.ranges) == ("ten_crop", (1.1, 1.05))
     assert (recipe.sample.cfg_scale, recipe.sample.top_k, recipe.sample.top_p, recipe.sample.temperature) == (

@@ -1,0 +1,510 @@
+"""What a training takes of every device's memory, part by part, before it starts; `arra plan` prints it.
+
+    a model on the meta device, settings, ranks --> training_memory --> Memory{weights, gradients, ..., activations}
+
+What stays for the whole training (weights, gradients, moments, averages) is counted tensor by tensor. What comes and
+goes in a step is found by making the step's passes over fake tensors, which have shapes and no numbers: every tensor
+that autograd keeps, and every intermediate while it lives, is counted as PyTorch would make it, for any network.
+Letters: N elements of a tensor, d its first side, R ranks that share one set of weights, B rows of a micro-batch,
+S positions of a row, D model width, V vocabulary, L blocks, w bytes of a number in products (2 in bfloat16, else 4).
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import ceil, prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from arra.align import Projector
+from arra.models import CausalLM, Painter, dropout
+from arra.models.head import HEAD_BYTES
+from arra.train.optimizer import Muon, make_optimizers
+from arra.train.parallel import SHARDED, recompute_blocks
+from arra.train.settings import AlignSettings, TrainSettings
+
+WIDE = 4
+"""Bytes of float32: of what is trained, its gradients, moments and averages, and of gradients while they are summed."""
+FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in NF4: half a byte, a byte of scale for 64 of them, and four bytes for 256 of those."""
+EIGHT_BIT_LEAST, EIGHT_BIT_BLOCK = 4096, 256
+"""Of bitsandbytes: smaller tensors keep float32 moments, larger ones have a float32 scale for each block."""
+RESERVE_BYTES = 2 * 2**30
+"""Assumed, not computed: the driver's context and kernels, NCCL's buffers, what lies idle between tensors, and the part
+of its nominal memory that a card does not offer."""
+TRACED_BLOCKS = (2, 4)
+"""Depths at which passes are made; deeper models add a block's share, the mean of two for those that alternate."""
+LOGIT_COPIES = 3
+"""A slice of logits, its exponentials and a copy in the products' type."""
+
+
+class Held(NamedTuple):
+    """A parameter, as far as memory goes."""
+
+    shape: tuple[int, ...]
+    bytes_each: float
+    trained: bool
+    orthogonalised: bool
+    """Whether Muon trains it, which keeps one number for each of its own."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parameters of a model in the groups that are gathered together."""
+
+    blocks: tuple[tuple[Held, ...], ...]
+    root: tuple[Held, ...]
+    """Outside the blocks: embeddings, last norm, head."""
+
+    @property
+    def all(self) -> tuple[Held, ...]:
+        """Those of every group."""
+        return (*(held for block in self.blocks for held in block), *self.root)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the ranks of a training share it."""
+
+    kind: str = "ddp"
+    """ddp, fsdp or hsdp."""
+    ranks: int = 1
+    replicas: int = 1
+    """hsdp: groups of ranks that each have all weights."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no rank has all weights."""
+        return self.kind in SHARDED
+
+    @property
+    def shards(self) -> int:
+        """Ranks R that share one set of weights."""
+        return self.ranks // self.replicas if self.is_sharded else 1
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The rows of a micro-batch."""
+
+    inputs: Callable[[int], Mapping[str, Tensor]]
+    """What the model is called with for so many rows, on the meta device; `tokens` among them."""
+    labelled: int
+    """Positions of a row that carry loss."""
+    aligned: int
+    """Positions of a row that each alignment term takes."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Bytes that the passes over a micro-batch take beside weights and their gradients."""
+
+    kept: int
+    """What autograd keeps from the forward to the backward pass."""
+    forward: int
+    """The most at any time of the forward pass, autocast's copies of weights included."""
+    backward: int
+    """The most at any time of the backward pass."""
+
+    @property
+    def peak(self) -> int:
+        """The most at any time."""
+        return max(self.forward, self.backward)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on every device, part by part; on the first rank, whose shards are the largest."""
+
+    weights: int
+    """What is trained in float32; what is frozen in its own type."""
+    gradients: int
+    optimizer: int
+    averages: int
+    projector: int
+    """Of the alignment, the same on all ranks: weights, gradients, moments."""
+    gathered: int
+    """Sharded weights while they are whole, and gradients before they are shards."""
+    activations: int
+    """The passes over a micro-batch, up to the head, and the alignment's."""
+    head: int
+    """A slice of the logits, gradients of the states, the sum of the head's gradients."""
+    reserve: int = RESERVE_BYTES
+    host: int = 0
+    """In the machine's own memory, for each rank: what is offloaded, and the copy of a checkpoint that is written in
+    the background."""
+
+    @property
+    def state(self) -> int:
+        """What stays from step to step."""
+        return self.weights + self.gradients + self.optimizer + self.averages + self.projector
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return self.state + self.gathered + self.activations + self.head + self.reserve
+
+
+def parts_of(model: Painter, settings: TrainSettings, *, four_bit: bool = False) -> Parts:
+    """The model's parameters, each once, by group; `four_bit` counts frozen matrices as `quantize` would store them.
+
+    Raises:
+        ArraError: Muon has nothing to train.
+    """
+    narrow = set(_quantised(model)) if four_bit else set()
+    orthogonalised = set(_orthogonalised(model, settings)) if settings.optimizer == "muon" else set()
+
+    def held(parameter: nn.Parameter) -> Held:
+        each = FOUR_BITS if parameter in narrow else parameter.element_size()
+        return Held(tuple(parameter.shape), each, parameter.requires_grad, parameter in orthogonalised)
+
+    own = {parameter: number for number, block in enumerate(model.blocks) for parameter in block.parameters()}
+    blocks: list[list[Held]] = [[] for _ in model.blocks]
+    root: list[Held] = []
+    for parameter in model.parameters():
+        (blocks[own[parameter]] if parameter in own else root).append(held(parameter))
+    return Parts(tuple(map(tuple, blocks)), tuple(root))
+
+
+def _orthogonalised(model: Painter, settings: TrainSettings) -> Iterator[nn.Parameter]:
+    """The matrices that are Muon's."""
+    trained = {f"model.{name}": parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for optimizer in make_optimizers(trained, settings, modules=[model]):
+        if isinstance(optimizer, Muon):
+            yield from optimizer.param_groups[0]["params"]
+
+
+def _quantised(model: Painter) -> Iterator[nn.Parameter]:
+    """Weights of linear layers but the head's, where they are frozen."""
+    head = _head_layer(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad and module is not head:
+            yield module.weight  # type: ignore[misc]
+
+
+def local_elements(shape: Sequence[int], shards: int) -> int:
+    """Elements of a tensor on the first of R ranks: ceil(d / R) rows, as FSDP2 cuts; all N on one."""
+    if shards == 1 or not shape:
+        return prod(shape)
+    return ceil(shape[0] / shards) * prod(shape[1:])
+
+
+def moment_bytes(held: Held, settings: TrainSettings, *, shards: int) -> int:
+    """Bytes of the optimiser's state on a rank: 8 N for AdamW, 4 N for Muon's matrices.
+
+    adamw8bit: 2 N and 8 bytes for each 256 elements, but 8 N below 4,096 elements. Nothing for what is frozen.
+    Counters of steps are left out.
+    """
+    count = local_elements(held.shape, shards)
+    if not held.trained:
+        return 0
+    if settings.optimizer == "muon" and held.orthogonalised:
+        return WIDE * count
+    if settings.optimizer == "adamw8bit" and count >= EIGHT_BIT_LEAST:
+        return 2 * (count + WIDE * ceil(count / EIGHT_BIT_BLOCK))
+    return 2 * WIDE * count
+
+
+def state_memory(
+    parts: Parts, settings: TrainSettings, *, sharing: Sharing, projectors: Sequence[nn.Module] = ()
+) -> Memory:
+    """The parts that stay from step to step, the others nought.
+
+    On each of R ranks weights take 4 n(R) bytes where they are trained and their own type's where not, gradients
+    4 n(R), moments those of `moment_bytes`, each average 4 n(R), with n(R) = ceil(d / R) N / d. Projectors take
+    16 N on every rank.
+    """
+    shards, held = sharing.shards, parts.all
+    local = [local_elements(each.shape, shards) for each in held]
+    trained = sum(count for each, count in zip(held, local, strict=True) if each.trained)
+    projector = [
+        Held(tuple(p.shape), WIDE, trained=True, orthogonalised=False) for one in projectors for p in one.parameters()
+    ]
+    return Memory(
+        weights=sum(ceil(each.bytes_each * count) for each, count in zip(held, local, strict=True)),
+        gradients=WIDE * trained,
+        optimizer=sum(moment_bytes(each, settings, shards=shards) for each in held),
+        averages=WIDE * trained * _num_averages(settings),
+        projector=sum(2 * WIDE * prod(each.shape) + moment_bytes(each, settings, shards=1) for each in projector),
+        gathered=0,
+        activations=0,
+        head=0,
+        reserve=0,
+    )
+
+
+def gathered_bytes(parts: Parts, settings: TrainSettings, *, sharing: Sharing) -> int:
+    """Bytes of sharded weights while they are whole, and of gradients before they are shards; 0 where nothing is.
+
+    With b the elements of the largest block, p those of the two largest neighbours (one computes, the next is on its
+    way), r those of the root group, and b', r' those of them that are trained: w (p + b + r) weights, the b being the
+    buffer that they travel in, and the more of w r' + (w + 4) b' and (w + 4) r' gradients: a block's are summed over
+    ranks in float32 while the root's wait, the root's at the end. Without `reshard` all blocks stay whole.
+    """
+    if not sharing.is_sharded:
+        return 0
+    w = _product_bytes(settings)
+    sizes = [sum(prod(held.shape) for held in block) for block in parts.blocks]
+    pairs = [sum(sizes[place : place + 2]) for place in range(len(sizes))]
+    whole = max(pairs, default=0) if settings.parallel.reshard else sum(sizes)
+    trained = [sum(prod(held.shape) for held in block if held.trained) for block in parts.blocks]
+    block, root = max(trained, default=0), sum(prod(held.shape) for held in parts.root if held.trained)
+    weights = w * (whole + max(sizes, default=0) + sum(prod(held.shape) for held in parts.root))
+    return weights + max(w * root + (w + WIDE) * block, (w + WIDE) * root)
+
+
+def head_bytes(model: Painter, settings: TrainSettings, *, positions: int) -> int:
+    """Bytes of the loss on `positions` labelled states.
+
+    w D for the states, 4 D for their gradients, three slices of logits (`HEAD_BYTES` each, never more than there are),
+    and where the head or rows of it are trained 4 D V for the sum of its gradients. Where only rows are, w D V more for
+    the head with these rows laid over it.
+    """
+    w, layer = _product_bytes(settings), _head_layer(model)
+    states = positions * model.hidden_size * (w + WIDE)
+    rows = getattr(layer, "token_adapter", layer)
+    weight: Tensor = getattr(rows, "base_layer", rows).weight  # type: ignore[assignment]
+    logits = LOGIT_COPIES * min(HEAD_BYTES, WIDE * positions * len(weight))
+    trained = any(parameter.requires_grad for parameter in layer.parameters())
+    laid = weight.element_size() * weight.numel() if trained and not weight.requires_grad else 0
+    return states + logits + laid + (WIDE * weight.numel() if trained else 0)
+
+
+def _head_layer(model: Painter) -> nn.Module:
+    layer: nn.Module = model.lm.get_output_embeddings() if isinstance(model, CausalLM) else model.output  # type: ignore[operator]
+    return layer
+
+
+def projector_activations(projectors: Sequence[Projector], hidden_size: int, *, positions: int) -> int:
+    """Bytes that alignment terms keep for so many positions each, in float32.
+
+    4 (D + 2 I + 3 G) for each: the states, both sides of the inner layer of width I, and projections, their directions
+    and targets of width G.
+    """
+    widths = [
+        hidden_size + 2 * (0 if one.second is None else one.second.in_features) + 3 * one.target_size
+        for one in projectors
+    ]
+    return WIDE * positions * sum(widths)
+
+
+def projectors_of(settings: AlignSettings, sizes: Mapping[str, int], *, hidden_size: int) -> tuple[Projector, ...]:
+    """The projectors of an alignment, for teachers of these feature sizes."""
+    return tuple(
+        Projector(hidden_size, term.components or sizes[term.encoder], kind=term.projector, inner_size=term.inner_size)
+        for term in settings.terms().values()
+    )
+
+
+def training_memory(
+    model: Painter,
+    settings: TrainSettings,
+    *,
+    sharing: Sharing,
+    sequences: Sequences,
+    rows: int,
+    projectors: Sequence[Projector] = (),
+    four_bit: bool = False,
+) -> Memory:
+    """What every device holds at the worst moment of a step with micro-batches of so many rows.
+
+    The model is on the meta device and stays as it is. Parts that are largest at different moments are added up.
+    """
+    parts = parts_of(model, settings, four_bit=four_bit)
+    state = state_memory(parts, settings, sharing=sharing, projectors=projectors)
+    found = replace(
+        state,
+        gathered=gathered_bytes(parts, settings, sharing=sharing),
+        activations=passes(model, settings, sequences.inputs(rows), sharded=sharing.is_sharded).peak
+        + projector_activations(projectors, model.hidden_size, positions=rows * sequences.aligned),
+        head=head_bytes(model, settings, positions=rows * sequences.labelled),
+        reserve=RESERVE_BYTES,
+        host=state.state if settings.checkpoint_in_background else 0,
+    )
+    if settings.ema_offload:
+        landing = found.averages // max(1, _num_averages(settings))  # weights on their way to them
+        found = replace(found, averages=0, host=found.host + found.averages + landing)
+    if settings.parallel.offload and sharing.is_sharded:
+        away = found.state - found.projector
+        found = replace(found, weights=0, gradients=0, optimizer=0, averages=0, host=found.host + away)
+    return found
+
+
+def largest_rows(memory_of: Callable[[int], Memory], device_bytes: int, *, most: int) -> int:
+    """The most rows of a micro-batch, up to `most`, whose memory fits the device; 0 where not even one does.
+
+    Memory rises nearly evenly with rows, so few numbers of them are looked at.
+    """
+    low, high = 1, most
+    largest = memory_of(high).total
+    if largest <= device_bytes:
+        return most
+    least = memory_of(low).total
+    if least > device_bytes:
+        return 0
+    while low + 1 < high:  # low fits, high does not
+        guess = low + int((device_bytes - least) * (high - low) / (largest - least))
+        guess = min(max(guess, low + 1), high - 1)
+        needed = memory_of(guess).total
+        if needed <= device_bytes:
+            low, least = guess, needed
+        else:
+            high, largest = guess, needed
+    return low
+
+
+def _num_averages(settings: TrainSettings) -> int:
+    decays = settings.ema_decay if isinstance(settings.ema_decay, tuple) else (settings.ema_decay,)
+    return sum(decay is not None for decay in decays)
+
+
+def _product_bytes(settings: TrainSettings) -> int:
+    return 2 if settings.precision == "bfloat16" else WIDE
+
+
+def passes(model: Painter, settings: TrainSettings, inputs: Mapping[str, Tensor], *, sharded: bool) -> Passes:
+    """What a forward and a backward pass up to the head take, recomputation as in the settings.
+
+    Passes are made at two depths; of deeper models each further block adds as much as those between. Weights and
+    gradients that are ready are not counted, a block's copies in autocast's type and a gradient on its way are.
+    `compile` is taken to keep as much. Attention is counted as the kernels that keep no S x S.
+    """
+    depth = len(model.blocks)
+    shallow, deep = TRACED_BLOCKS
+    if depth <= deep:
+        return _traced(model, settings, inputs, sharded=sharded, depth=depth)
+    first, second = (_traced(model, settings, inputs, sharded=sharded, depth=count) for count in TRACED_BLOCKS)
+
+    def deeper(few: int, many: int) -> int:
+        return many + (many - few) * (depth - deep) // (deep - shallow)
+
+    return Passes(
+        kept=deeper(first.kept, second.kept),
+        forward=deeper(first.forward, second.forward),
+        backward=deeper(first.backward, second.backward),
+    )
+
+
+def _traced(
+    model: Painter, settings: TrainSettings, inputs: Mapping[str, Tensor], *, sharded: bool, depth: int
+) -> Passes:
+    """The passes of the model's first blocks over fake tensors."""
+    narrow = settings.precision == "bfloat16"
+    with _cut(model, depth), _recomputed(model, settings), _unsliced_masks(), FakeTensorMode():
+
+        def fake(value: Tensor, kind: torch.dtype, *, trained: bool = False) -> Tensor:
+            return torch.empty(value.shape, dtype=kind, requires_grad=trained)
+
+        def product_type(value: Tensor) -> torch.dtype:
+            return torch.bfloat16 if narrow and sharded and value.is_floating_point() else value.dtype
+
+        tensors = {
+            f"model.{name}": fake(value, product_type(value), trained=value.requires_grad)
+            for name, value in model.named_parameters()
+        }
+        for value in tensors.values():
+            if value.requires_grad:  # ready, it is counted elsewhere
+                value.register_post_accumulate_grad_hook(_drop_gradient)
+        tensors |= {f"model.{name}": fake(value, value.dtype) for name, value in model.named_buffers()}
+        given = {name: fake(value, product_type(value)) for name, value in inputs.items()}
+        with _Living([*tensors.values(), *given.values()]) as living:
+            step = _Step(model, living, autocast=narrow and not sharded)
+            step.train()
+            found: Passes = functional_call(step, tensors, (given,))
+    return found
+
+
+class _Step(nn.Module):
+    """The passes as one call, so that recomputation sees the same weights."""
+
+    def __init__(self, model: nn.Module, living: "_Living", *, autocast: bool) -> None:
+        super().__init__()
+        self.model, self.living, self.autocast = model, living, autocast
+
+    def forward(self, given: dict[str, Tensor]) -> Passes:
+        """What they take."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            hidden = self.model(**given).last_hidden
+        kept, forward = self.living.now, self.living.peak
+        self.living.peak = 0
+        if hidden.requires_grad:
+            hidden.backward(torch.empty_like(hidden))
+        return Passes(kept, forward, self.living.peak)
+
+
+class _Living(TorchDispatchMode):
+    """Counts the bytes of tensors while they live, but for those given."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: dict[int, Any] = {value.untyped_storage()._cdata: None for value in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in tree_leaves(found):
+            if isinstance(value, Tensor):
+                self._note(value.untyped_storage())
+        return found
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.seen:
+            self.seen[key] = weakref.finalize(storage, self._forget, key, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int, size: int) -> None:
+        del self.seen[key]
+        self.now -= size
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@contextmanager
+def _cut(model: Painter, depth: int) -> Iterator[None]:
+    """A block in which the model has its first blocks alone."""
+    first = model.blocks[0]
+    listed = next(part for part in model.modules() if isinstance(part, nn.ModuleList) and first in part)
+    kept = listed._modules
+    listed._modules = dict(list(kept.items())[:depth])
+    try:
+        yield
+    finally:
+        listed._modules = kept
+
+
+@contextmanager
+def _unsliced_masks() -> Iterator[None]:
+    """A block in which dropout's masks are made at once, as accelerators do."""
+    size = dropout.CHUNK
+    dropout.CHUNK = 2**62
+    try:
+        yield
+    finally:
+        dropout.CHUNK = size
+
+
+@contextmanager
+def _recomputed(model: Painter, settings: TrainSettings) -> Iterator[None]:
+    """A block in which the model's blocks recompute as in training."""
+    training = model.training
+    before = [block.__dict__.get("forward") for block in model.blocks]
+    recompute_blocks(model, settings)
+    try:
+        yield
+    finally:
+        for block, forward in zip(model.blocks, before, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+        model.train(training)
