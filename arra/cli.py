@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,14 +15,15 @@ from typing import Annotated, Any
 
 import typer
 
-from arra.errors import ArraError
+from arra.errors import ArraError, FirstProcessError
 from arra.runs import WRITE_ERRORS
 from arra.stages.process import is_first_process
 from arra.train.interrupt import TrainingInterrupted
 
+OURS, FORMATTED = Path(__file__).parent, warnings.formatwarning
 INTERRUPTED = "interrupted; run the same command again to continue"
-SECONDS_FOR_THE_FIRST = 2.0
-"""In which torchrun notices that the first process has left and ends the others."""
+SECONDS_FOR_THE_FIRST, SECONDS_TO_DOUBT_IT = 2.0, 6.0
+"""In which the first process leaves and torchrun ends the others; in which it surely has, if it has found the same."""
 
 app = typer.Typer(
     name="arra",
@@ -350,7 +352,7 @@ def train(
 
     loaded = load_recipe(recipe, row=row, overrides=overrides or ())
     if dry_run:
-        from arra.stages.train import describe_recipe
+        from arra.stages.description import describe_recipe
 
         typer.echo(describe_recipe(loaded), nl=False)
         return
@@ -646,7 +648,7 @@ def checkpoint(
     if out is None:
         _console().print(checkpoint_table(run))
     else:
-        typer.echo(str(model_of_checkpoint(run, step, out, average=average)))
+        typer.echo(str(model_of_checkpoint(run, step, out=out, average=average)))
 
 
 @app.command(name="import")
@@ -871,15 +873,16 @@ def _console():  # type: ignore[no-untyped-def]
 
 def main() -> None:
     """Runs a command; the process ends with its code: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    warnings.formatwarning = _formatted
     try:
         app(standalone_mode=True)
     except ArraError as error:
-        _leave(f"error: {error}", 2)
+        _leave(f"error: {error}", 2, is_told=isinstance(error, FirstProcessError))
     except (KeyboardInterrupt, TrainingInterrupted):
-        _leave(INTERRUPTED, 130)
+        _leave(INTERRUPTED, 130, is_told=True)
     except SystemExit as leaving:
         if leaving.code == 130:  # typer has caught a KeyboardInterrupt and says nothing
-            _leave(INTERRUPTED, 130)
+            _leave(INTERRUPTED, 130, is_told=True)
         raise
     except OSError as error:
         if error.errno not in WRITE_ERRORS:
@@ -887,10 +890,21 @@ def main() -> None:
         _leave(f"error: {error.filename or 'writing'}: {WRITE_ERRORS[error.errno]}", 2)
 
 
-def _leave(line: str, code: int) -> None:
+def _formatted(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as it is printed: our own are lines for users, others' say where they are from."""
+    if OURS in Path(filename).parents:
+        return f"warning: {message}\n"
+    return FORMATTED(message, category, filename, lineno, line)
+
+
+def _leave(line: str, code: int, *, is_told: bool = False) -> None:
+    """Ends the process with a line; `is_told` where the first process is known to say the same."""
     if not is_first_process():
         # what all processes find, the first one tells, and torchrun ends this one; what only this one found, it tells
-        time.sleep(SECONDS_FOR_THE_FIRST)
-        line = f"process {os.environ['RANK']}: {line}"
-    typer.echo(line, err=True)
+        time.sleep(SECONDS_FOR_THE_FIRST if is_told else SECONDS_TO_DOUBT_IT)
+        line = "" if is_told else f"process {os.environ['RANK']}: {line}"
+    if line:
+        typer.echo(line, err=True)
     sys.exit(code)

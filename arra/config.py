@@ -405,7 +405,7 @@ class Recipe(Settings):
             )
         if self.train.word_dropout and self.model.llm is not None:
             raise ValueError("train.word_dropout: is the decoder's, a language model's prompts stay whole; use 0")
-        if isinstance(self.train.ema_decay, tuple) and len(self.train.ema_decay) > 1 and self._has_adapters:
+        if len(self.train.ema_decays) > 1 and self._has_adapters:
             raise ValueError("train.ema_decay: several averages are of models that are trained whole; name one")
         width = self.model.hidden_size
         if width % self.model.num_heads or (width // self.model.num_heads) % 4:

@@ -35,7 +35,7 @@ from arra.stages.paint import load_run
 from arra.stages.prepare import prepare
 from arra.stages.report import compare_rows, report
 from arra.stages.tasks import Task, evaluate_tasks, finished, num_parallel, train_tasks
-from arra.stages.train import epoch_length
+from arra.stages.training_data import epoch_length
 
 DEMO_RECIPE = recipes_folder() / "demo.yaml"
 """By its path: the name alone would find a folder `demo` in the working folder."""

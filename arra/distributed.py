@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from arra.errors import ArraError
+from arra.errors import ArraError, FirstProcessError
 
 T = TypeVar("T")
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -89,7 +89,7 @@ class Ranks:
                     raise
         found, problem = self.share((found, problem))
         if problem is not None:
-            raise ArraError(problem)
+            raise ArraError(problem) if self.is_first else FirstProcessError(problem)
         return cast(T, found)
 
 

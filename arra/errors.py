@@ -6,3 +6,7 @@ class ArraError(Exception):
 
     The command line prints the line and leaves with exit code 2.
     """
+
+
+class FirstProcessError(ArraError):
+    """What the first of several processes found, on the others: it tells it, they only leave."""

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import threading
 import time
@@ -70,7 +71,12 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.touch()
+            usual = temporary.stat().st_mode
+            temporary.unlink()
             yield temporary
+            if temporary.stat().st_mode != usual:  # safetensors lets nobody but the owner read
+                temporary.chmod(stat.S_IMODE(usual))
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from arra.models.products import product
 from arra.sample.generate import generate
 from arra.tokenizers.vq import VQModel, VQSettings
 from arra.train.objective import compute_losses
-from arra.train.optimizer import clip_gradients, make_optimizers
+from arra.train.optimizer import gradient_norm, make_optimizers, scale_gradients
 from arra.train.settings import TrainSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -92,7 +92,7 @@ def training(which: str, steps: int) -> dict[str, Any]:
         model = load_model("llamagen-b").train()
         parameters = dict(model.named_parameters())
         batch = class_batch(labels, codes)
-        optimizers, clip = make_optimizers(parameters, settings), clip_gradients
+        optimizers, clip = make_optimizers(parameters, settings), clip_as_arra
         loss = lambda: compute_losses(model, batch, None).total  # noqa: E731
 
     def step() -> None:
@@ -106,6 +106,11 @@ def training(which: str, steps: int) -> dict[str, Any]:
     took = seconds(step, steps)
     peak = memory_gb()[1]
     return {"tokens/s": BATCH * CODES / statistics.median(took), "peak GB": peak, "above imports GB": peak - base}
+
+
+def clip_as_arra(parameters: Sequence[torch.nn.Parameter], most: float) -> None:
+    """Nothing; gradients are scaled as the training loop does it."""
+    scale_gradients(parameters, gradient_norm(parameters), most=most)
 
 
 def class_batch(labels: Tensor, codes: Tensor, features: Tensor | None = None) -> TrainBatch:
@@ -129,9 +134,9 @@ def alignment(steps: int) -> dict[str, float]:
         for optimizer in optimizers:
             optimizer.zero_grad()
         compute_losses(model, batch, term if aligned else None).total.backward()
-        clip_gradients(list(model.parameters()), 1.0)
+        clip_as_arra(list(model.parameters()), 1.0)
         if aligned:
-            clip_gradients(list(term.parameters()), 1.0)
+            clip_as_arra(list(term.parameters()), 1.0)
         for optimizer in optimizers:
             optimizer.step()
 

@@ -16,10 +16,12 @@ set -u
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # torchrun passes SIGTERM on to the trainings, which save and leave; it must give them the time to.
-srun torchrun \
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
+# srun does not take the number of cores from above by itself.
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:29500" \
-    --max-restarts 3 --shutdown-timeout 240 \
+    --max-restarts 3 \
     -m arra train "$@" &
 step=$!
 

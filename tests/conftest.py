@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -54,6 +55,39 @@ class Pipeline:
     @property
     def page(self) -> Path:
         return self.root / "runs" / "report.html"
+
+
+@pytest.fixture(scope="session")
+def toy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., int]]:
+    """Trains in processes of their own, as `tests.train.toy_training.serve` is asked, and gives the exit code."""
+    from tests.train import toy_training
+
+    command = [sys.executable, toy_training.__file__, "serve"]
+    said = tmp_path_factory.mktemp("toy_server") / "stderr"
+    with (
+        said.open("w") as stderr,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ) as server,
+    ):
+        asking, answers = server.stdin, server.stdout
+        assert asking is not None
+        assert answers is not None
+
+        def ask(**arguments: Any) -> int:
+            print(json.dumps(arguments, default=str), file=asking, flush=True)
+            code = int(answers.readline())
+            if code == 1:  # a mistake in it
+                pytest.fail(said.read_text()[-4000:])
+            return code
+
+        yield ask
+        asking.close()
 
 
 @pytest.fixture

@@ -7,17 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from arra.config import Recipe, parse_recipe
+from arra.errors import ArraError, FirstProcessError
 from arra.train.interrupt import TrainingInterrupted
 
 COMMANDS = (
     *("demo", "prepare", "tokenize", "extract", "train", "generate", "evaluate", "report", "doctor", "list"),
-    *("init", "import", "export", "reconstruct"),
+    *("init", "import", "export", "reconstruct", "plan", "checkpoint", "probe", "lab"),
     *("data check", "data show", "data verify", "data export"),
 )
 
@@ -250,6 +252,35 @@ def test_a_full_disk_is_one_line_wherever_it_shows(run_arra, monkeypatch: pytest
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/demo/x")
     monkeypatch.setattr("arra.demo.run_demo", _raising(full))
     assert run_arra("demo").error == "runs/demo/x: no space left on device; free some or pass --out elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (ArraError("x: wrong"), 2, "process 1: error: x: wrong\n"),
+        (FirstProcessError("x: wrong"), 2, ""),
+        (TrainingInterrupted("x"), 130, ""),
+    ],
+)
+def test_of_several_processes_the_others_tell_what_the_first_does_not(
+    run_arra, monkeypatch: pytest.MonkeyPatch, raised: Exception, code: int, line: str
+):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("arra.cli.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("arra.demo.run_demo", _raising(raised))
+    answer = run_arra("demo")
+    assert (answer.code, answer.err) == (code, line)
+
+
+def test_our_own_warnings_are_a_line_for_users(run_arra, monkeypatch: pytest.MonkeyPatch):
+    import arra.demo
+
+    kept = warnings.formatwarning
+    monkeypatch.setattr(warnings, "formatwarning", kept)  # so that it is put back
+    run_arra("list", "recipes")
+    ours = warnings.formatwarning("step 5: damaged", UserWarning, arra.demo.__file__, 1)
+    assert ours == "warning: step 5: damaged\n"
+    assert warnings.formatwarning("slow", UserWarning, "/torch/x.py", 1) == "/torch/x.py:1: UserWarning: slow\n"
 
 
 @pytest.mark.parametrize("raised", [RuntimeError("a bug"), OSError(errno.EBADF, "Bad file descriptor")])

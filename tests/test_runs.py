@@ -133,6 +133,17 @@ def test_broken_line_in_the_middle_is_named(tmp_path: Path):
         run.read_metrics()
 
 
+def test_others_may_read_what_the_user_lets_them(tmp_path: Path):
+    """Also where a library makes its files for the owner alone, as safetensors does."""
+    before = os.umask(0o027)
+    try:
+        with atomic_file(tmp_path / "weights") as temporary:
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights").stat().st_mode & 0o777 == 0o640
+
+
 def test_atomic_write_replaces_whole_files(tmp_path: Path):
     path = tmp_path / "deep" / "file"
     atomic_write(path, b"\x00\x01")

@@ -291,9 +291,9 @@ def _drawn(
     )
 
 
-def thinned(points: Points, *, most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """At most so many points: means of neighbours, each at the place of its last."""
-    size = -(-len(points) // most)
+def thinned(points: Points) -> list[tuple[float, float]]:
+    """At most `MOST_POINTS`: means of neighbours, each at the place of its last."""
+    size = -(-len(points) // MOST_POINTS)
     if size < 2:
         return list(points)
     parts = [points[start : start + size] for start in range(0, len(points), size)]

@@ -1,5 +1,6 @@
 """What a run has saved on its way, and a model from it: `arra checkpoint`."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,8 +10,10 @@ from arra.config import Recipe, parse_recipe
 from arra.errors import ArraError
 from arra.models import Painter, load_outline, save_model
 from arra.models.adapters import merge_adapters
-from arra.runs import Run
+from arra.runs import Run, atomic_write
 from arra.stages.language import first_language_model, language_card
+from arra.stages.live import validation_losses
+from arra.stages.model import told_to_painters
 from arra.train.checkpoints import SavedStep, read_tensors, saved_step, steps_in
 
 BEST, NEWEST = "best", "newest"
@@ -23,9 +26,9 @@ def checkpoint_table(folder: Path) -> Table:
         ArraError: no run.
     """
     run = Run.open(folder)
-    losses = {row["step"]: row["ntp_loss"] for row in run.read_metrics() if row.get("kind") == "validation"}
+    losses = validation_losses(run.read_metrics())
     steps = steps_in(folder / "checkpoints")
-    best = min((step for step in steps if step in losses), key=losses.__getitem__, default=None)
+    best = _best(steps, losses)
     table = Table(box=None)
     for name in ("step", "validation", "GiB", ""):
         table.add_column(name, justify="left" if not name else "right")
@@ -38,7 +41,7 @@ def checkpoint_table(folder: Path) -> Table:
     return table
 
 
-def model_of_checkpoint(folder: Path, which: str, out: Path, *, average: bool = True) -> Path:
+def model_of_checkpoint(folder: Path, which: str, *, out: Path, average: bool = True) -> Path:
     """A model's folder, from a checkpoint of a run that may not be finished: as the run's end would save it.
 
     `which` is a step, "newest" or "best" (of lowest validation loss); the averaged weights are taken where there are
@@ -52,8 +55,11 @@ def model_of_checkpoint(folder: Path, which: str, out: Path, *, average: bool = 
     run = Run.open(folder)
     saved = saved_step(folder / "checkpoints", chosen_step(run, which))
     recipe = parse_recipe(run.recipe_yaml(), Recipe, source=str(run.recipe_path))
-    model = whole_model(run, recipe, saved, average=average)
+    model = whole_model(run, recipe, saved=saved, average=average)
+    model.about |= told_to_painters(recipe, run.manifest().get("codes_of"))
     model.about["checkpoint"] = {"run": str(folder), "step": saved.step}
+    for file in sorted((folder / "tokenizer").glob("*")):
+        atomic_write(out / "tokenizer" / file.name, file.read_bytes())
     return save_model(model, out)
 
 
@@ -72,17 +78,21 @@ def chosen_step(run: Run, which: str) -> int:
         raise ArraError(f"{run.path / 'checkpoints'}: holds no checkpoint yet")
     if which == NEWEST:
         return steps[-1]
-    losses = {row["step"]: row["ntp_loss"] for row in run.read_metrics() if row.get("kind") == "validation"}
-    validated = [step for step in steps if step in losses]
-    if not validated:
+    best = _best(steps, validation_losses(run.read_metrics()))
+    if best is None:
         raise ArraError(
             f"{run.path}: none of the saved steps ({', '.join(map(str, steps))}) was validated; name one, or set "
             "train.keep_best next time"
         )
-    return min(validated, key=losses.__getitem__)
+    return best
 
 
-def whole_model(run: Run, recipe: Recipe, saved: SavedStep, *, average: bool) -> Painter:
+def _best(steps: Iterable[int], losses: Mapping[int, float]) -> int | None:
+    """The step of the lowest validation loss."""
+    return min((step for step in steps if step in losses), key=losses.__getitem__, default=None)
+
+
+def whole_model(run: Run, recipe: Recipe, *, saved: SavedStep, average: bool) -> Painter:
     """The model with a checkpoint's weights, as an ordinary one: adapters are merged, the projector is left behind."""
     averaged = {name for name in saved.tensors if name.startswith("average.")} if average else set[str]()
     tensors = read_tensors(saved, [name for name in saved.tensors if name.startswith("model.") or name in averaged])

@@ -51,7 +51,8 @@ from arra.stages.pictures import require_columns, tokenizer_if_given
 from arra.stages.prepare import prepare
 from arra.stages.report import grid_references, grid_samples, painted_pictures
 from arra.stages.tasks import Failure, Task, evaluate_tasks, finished, train_tasks
-from arra.stages.train import epoch_length, first_model, training_data
+from arra.stages.train import first_model
+from arra.stages.training_data import epoch_length, training_data
 from arra.train.alignment import build_alignment
 from arra.train.flops import count_flops
 from arra.train.loop import Trainer

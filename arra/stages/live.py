@@ -5,7 +5,7 @@ runs/NAME/report.html    written anew whenever there is news, and by `arra repor
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from arra.config import Recipe, parse_recipe
 from arra.report.run_page import RunSoFar, run_page
 from arra.runs import Run, atomic_write
 from arra.stages.origin import noted
+from arra.train.checkpoints import steps_in
 
 PAGE_FILE = "report.html"
 NUM_PREVIEWS = 4
 PREVIEW = re.compile(r"step-(\d+)\.png")
-CHECKPOINT = re.compile(r"step-(\d+)")
 
 
 def live_page(folder: Path, *, out: Path | None = None) -> Path:
@@ -39,7 +39,7 @@ def live_page(folder: Path, *, out: Path | None = None) -> Path:
             name=str(folder),
             rows=rows,
             steps=steps,
-            is_finished=(folder / "model.json").is_file() and any(row.get("step") == steps for row in rows[-3:]),
+            is_finished=is_finished(run, recipe),
             written_at=_time_of(run.metrics_path),
             previews=_previews(folder),
             checkpoints=_checkpoints(folder, rows),
@@ -52,6 +52,17 @@ def live_page(folder: Path, *, out: Path | None = None) -> Path:
     path = (out or folder) / PAGE_FILE
     atomic_write(path, page)
     return path
+
+
+def is_finished(run: Run, recipe: Recipe) -> bool:
+    """Whether the run's last step is done and its model saved."""
+    saved = all((run.path / name).is_file() for name in ("model.safetensors", "model.json"))
+    return saved and any(row["step"] == recipe.train.steps for row in run.read_metrics()[-3:])
+
+
+def validation_losses(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """Of a run's metrics, by step."""
+    return {row["step"]: row["ntp_loss"] for row in rows if row.get("kind") == "validation"}
 
 
 def training_note(row: Mapping[str, Any]) -> str:
@@ -84,11 +95,9 @@ def _previews(folder: Path) -> list[tuple[int, bytes]]:
 
 
 def _checkpoints(folder: Path, rows: list[dict[str, Any]]) -> list[tuple[int, float | None]]:
-    """Steps of those that are whole, with what was measured there."""
-    names = [path.parent.name for path in folder.glob("checkpoints/*/checkpoint.json")]
-    steps = sorted(int(match[1]) for name in names if (match := CHECKPOINT.fullmatch(name)))
-    measured = {row["step"]: row["ntp_loss"] for row in rows if row.get("kind") == "validation"}
-    return [(step, measured.get(step)) for step in steps]
+    """Their steps, with what was measured there."""
+    measured = validation_losses(rows)
+    return [(step, measured.get(step)) for step in steps_in(folder / "checkpoints")]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -260,6 +260,16 @@ def used_choices(recipe: Recipe) -> dict[str, EncoderChoice]:
     return {name: recipe.encoder.choice(name) for name in named}
 
 
+def feature_sizes(recipe: Recipe) -> dict[str, int | None]:
+    """Widths of the features that the recipe's alignment trains on; None where one is not known before it is loaded."""
+    return {
+        name: SPECS[choice.name].feature_size
+        if choice.name in SPECS and choice.output is None and choice.layers is None
+        else None
+        for name, choice in used_choices(recipe).items()
+    }
+
+
 def about_encoder(choice: EncoderChoice) -> tuple[EncoderSpec, str]:
     """The spec of an encoder at its input size, and the hash of its weights.
 

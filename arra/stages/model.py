@@ -1,6 +1,7 @@
 """The decoder of a recipe: its settings with what the data decide, and its first weights, fresh or given."""
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,12 @@ def start_from(model: Decoder, weights: str) -> None:
         table[-1] = state[CLASSES][-1]  # the null class means the same
         state[CLASSES] = table
     model.load_state_dict(state)
+
+
+def told_to_painters(recipe: Recipe, codes_of: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a model's card says to whoever paints with the folder alone: how, and with whose codes, where known."""
+    facts: dict[str, Any] = {"sampling": recipe.sample.model_dump(mode="json")}
+    return facts if codes_of is None else facts | {"codes_of": dict(codes_of)}
 
 
 def weights_hash(weights: str) -> str:

@@ -90,7 +90,9 @@ def load_painter(folder: Path, *, tokenizer: str | None = None, tokenizer_weight
     if (folder / "recipe.yaml").is_file() or not (folder / "model.json").is_file():
         return load_run(folder, tokenizer=tokenizer, tokenizer_weights=tokenizer_weights)
     model = load_model(folder)
-    codes_of = model.about.get("codes_of") if isinstance(model, CausalLM) else None
+    codes_of = model.about.get("codes_of")
+    if tokenizer is None and (folder / "tokenizer").is_dir():
+        tokenizer = str(folder / "tokenizer")
     if tokenizer is None and isinstance(codes_of, dict) and codes_of.get("tokenizer") == EMBEDDED:
         tokenizer = EMBEDDED
     if tokenizer is None:

@@ -2,48 +2,31 @@
 
     recipe, devices --> the model on the meta device --> arra.train.memory --> a table, and what to change
 
-No store is read and no weights; where the recipe's language model is not there yet, published sizes stand in for it.
-Letters: B rows of a micro-batch, S positions of a row, R devices.
+No store is read and no weights.
+Letters: B rows of a micro-batch.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from arra.config import Recipe
-from arra.data.layout import ImageLayout
 from arra.distributed import Ranks
-from arra.encoders import SPECS, encoder_spec
 from arra.errors import ArraError
-from arra.models import CausalLM, Painter
-from arra.models.chameleon import CHAMELEON_SIZES, build_chameleon, chameleon_settings
-from arra.models.language_folder import CARD_FILE
-from arra.stages.language import DTYPES, first_language_model, language_card, language_section, prepare_language_model
-from arra.stages.makers import used_choices
-from arra.stages.model import build_model, decoder_settings, square, tokenizer_network
-from arra.train.memory import (
-    Memory,
-    Parts,
-    Sequences,
-    Sharing,
-    largest_rows,
-    local_elements,
-    parts_of,
-    projectors_of,
-    training_memory,
-)
-from arra.train.parallel import SHARDED, chosen_kind
+from arra.settings import Settings
+from arra.stages.planned_model import PlannedModel, planned_model
+from arra.train.memory import Memory, Sharing, largest_rows, local_elements, training_memory
+from arra.train.parallel import SHARDED, chosen_kind, count_groups
+from arra.train.savings import Saving, rows_of, savings
 from arra.train.settings import TrainSettings
 
+S = TypeVar("S", bound=Settings)
 GIB = 2**30
 GPUS = {
     "a10": 24, "a100": 80, "a40": 48, "a6000": 48, "b200": 180, "h100": 80, "h200": 141, "l4": 24, "l40s": 48,
@@ -51,18 +34,8 @@ GPUS = {
 }  # fmt: skip
 """Memory of devices by name, GiB."""
 WRITTEN = re.compile(r"(\d{1,6})\s*x\s*(\d+(?:\.\d+)?|[a-z]+\d+[a-z]*)", re.IGNORECASE)
-PROMPT_TOKENS = 128
-"""Of a language model's prompt, where nobody looked at the data: a chest X-ray's findings."""
-FEATURE_SIZE = 1024
-"""Of a teacher whose features nobody has seen."""
 MOST_DEVICES = 1024
 """Up to which it is looked how many devices would do."""
-CHAMELEON_LAYOUT = {
-    "family": "lumina", "bos": 0, "separator": 8710, "begin_image": 8197, "end_image": 8196, "new_line": 8803,
-    "first_size": 8804, "size_step": 2, "num_sizes": 64, "closing": (8710,), "rep_id": 8799, "first_code": 4,
-    "num_codes": 8192, "max_positions": 4096,
-}  # fmt: skip
-"""Lumina-mGPT's layout, with which ARRA trains; ids of codes are in another order, which takes no memory."""
 PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -84,22 +57,6 @@ class Machine:
     written: str
     count: int
     bytes_each: int
-
-
-@dataclass(frozen=True)
-class PlannedModel:
-    """What is trained, on the meta device."""
-
-    name: str
-    model: Painter
-    parts: Parts
-    sequences: Sequences
-    projectors: tuple[Any, ...]
-    four_bit: bool
-    length: int
-    """Positions S of a row."""
-    notes: tuple[str, ...]
-    """What was assumed."""
 
 
 @dataclass(frozen=True)
@@ -173,54 +130,46 @@ def plan(recipe: Recipe, *, machines: Sequence[Machine], stand_in: str | None = 
         ArraError: the recipe fits no model, its language model is not there, or its parallelism not the machine.
     """
     planned = planned_model(recipe, stand_in)
-    return Plan(recipe, planned, tuple(plan_machine(recipe, planned, machine) for machine in machines))
+    return Plan(recipe, planned, tuple(plan_machine(recipe, planned, machine=machine) for machine in machines))
 
 
-def plan_machine(recipe: Recipe, planned: PlannedModel, machine: Machine) -> MachinePlan:
-    """The training of a model on one machine.
+def plan_machine(recipe: Recipe, planned: PlannedModel, *, machine: Machine) -> MachinePlan:
+    """The training of a model on one machine, and what to change where it does not fit.
 
     Raises:
         ArraError: settings of parallelism that do not fit each other or the machine.
     """
-    settings = recipe.train
-    sharing = sharing_on(planned, settings, machine)
-    rows = rows_on(settings, machine)
-    memory_of = _memory_of(planned, settings, sharing)
-    memory, share = memory_of(rows), -(-settings.batch_size // machine.count)
-    largest = largest_rows(memory_of, machine.bytes_each, most=share)
+    sharing, rows = sharing_on(machine, recipe.train, planned=planned), rows_of(recipe.train, ranks=machine.count)
+    memory_with = _memory_with(planned, recipe.train, sharing)
+    memory, share = memory_with(rows), -(-recipe.train.batch_size // machine.count)
+    largest = largest_rows(memory_with, machine.bytes_each, most=share)
     remedies: tuple[Remedy, ...] = ()
     if memory.total > machine.bytes_each:
-        told = _remedies(recipe, planned, machine, sharing, rows)
+        remedies = tuple(_remedies(recipe, planned, machine=machine, sharing=sharing))
         if largest:
-            smaller = Remedy(f"train.micro_batch_size={largest}", memory_of(largest).total, fits=True)
-            remedies = (smaller,)
-        remedies += tuple(told)
+            fewer = Remedy(f"train.micro_batch_size={largest}", memory_with(largest).total, fits=True)
+            remedies = (fewer, *remedies)
     return MachinePlan(machine, sharing, rows, memory, largest, remedies)
 
 
-def _memory_of(planned: PlannedModel, settings: TrainSettings, sharing: Sharing) -> Callable[[int], Memory]:
+def _memory_with(planned: PlannedModel, settings: TrainSettings, sharing: Sharing) -> Callable[[int], Memory]:
     @cache
-    def memory_of(rows: int) -> Memory:
+    def memory_with(rows: int) -> Memory:
         return training_memory(
             planned.model,
             settings,
             sharing=sharing,
+            passes=planned.passes(settings, rows=rows, sharded=sharing.is_sharded),
             sequences=planned.sequences,
             rows=rows,
             projectors=planned.projectors,
             four_bit=planned.four_bit,
         )
 
-    return memory_of
+    return memory_with
 
 
-def rows_on(settings: TrainSettings, machine: Machine) -> int:
-    """Rows of a micro-batch: as the settings say, never more than a device's part of the batch."""
-    share = -(-settings.batch_size // machine.count)
-    return min(share, settings.micro_batch_size or share)
-
-
-def sharing_on(planned: PlannedModel, settings: TrainSettings, machine: Machine) -> Sharing:
+def sharing_on(machine: Machine, settings: TrainSettings, *, planned: PlannedModel) -> Sharing:
     """How the machine's devices share the training, chosen as `arra train` chooses.
 
     Raises:
@@ -242,171 +191,54 @@ def sharing_on(planned: PlannedModel, settings: TrainSettings, machine: Machine)
             f"train.parallel.kind: {kind}: weights in four bits cannot be sharded; use ddp, or "
             "model.llm.four_bit: false"
         )
-    replicas = (parallel.replicas or 1) if kind == "hsdp" else 1
-    return Sharing(kind, machine.count, replicas)
+    return Sharing(kind, machine.count, count_groups(parallel, ranks) if kind == "hsdp" else 1)
 
 
-def _remedies(recipe: Recipe, planned: PlannedModel, machine: Machine, sharing: Sharing, rows: int) -> Iterator[Remedy]:
-    """What would take less: settings, each alone and some together, more devices, fewer weights that are trained."""
-    settings, more = recipe.train, machine.count
+def _remedies(recipe: Recipe, planned: PlannedModel, *, machine: Machine, sharing: Sharing) -> Iterator[Remedy]:
+    """What would take less: settings, each alone and some together, or more devices."""
 
-    def tried(what: str, changed: TrainSettings, how: Sharing, count: int, of: PlannedModel = planned) -> Remedy:
-        total = _memory_of(of, changed, how)(count).total
+    def tried(what: str, changes: Mapping[str, Any], count: int = machine.count) -> Remedy:
+        changed, devices = _changed(recipe, changes), replace(machine, count=count)
+        other = any(key.startswith("model.") for key in changes)
+        model = planned_model(changed, planned.name) if other else planned
+        how, rows = sharing_on(devices, changed.train, planned=model), rows_of(changed.train, ranks=count)
+        total = _memory_with(model, changed.train, how)(rows).total
         return Remedy(what, total, total <= machine.bytes_each)
 
-    def with_parallel(**changes: Any) -> TrainSettings:
-        return settings.model_copy(update={"parallel": settings.parallel.model_copy(update=changes)})
-
-    sharded = Sharing("fsdp", machine.count)
-    if settings.recompute != "full":
-        yield tried("train.recompute=full", settings.model_copy(update={"recompute": "full"}), sharing, rows)
-    if not sharing.is_sharded and machine.count > 1 and not planned.four_bit:
-        yield tried("train.parallel.kind=fsdp", with_parallel(kind="fsdp"), sharded, rows)
-    if not settings.parallel.offload and not planned.four_bit:
-        how = sharing if sharing.kind == "fsdp" else sharded
-        yield tried(
-            "train.parallel.kind=fsdp, train.parallel.offload=true", with_parallel(kind="fsdp", offload=True), how, rows
-        )
-    if settings.optimizer == "adamw" and not sharing.is_sharded:
-        yield tried("train.optimizer=adamw8bit", settings.model_copy(update={"optimizer": "adamw8bit"}), sharing, rows)
-    least = settings.model_copy(update={"recompute": "full"})
-    if (settings.recompute != "full" or rows > 1) and machine.count > 1 and not planned.four_bit:
-        together = "train.recompute=full, train.micro_batch_size=1, train.parallel.kind=fsdp"
-        yield tried(together, least, sharded, 1)
-    while sharing.is_sharded and more < min(MOST_DEVICES, settings.batch_size):
-        more = min(2 * more, MOST_DEVICES)
-        found = tried(f"{more} such devices", settings, Sharing("fsdp", more), rows)
-        if found.fits:
-            yield found
-            break
     llm = recipe.model.llm
-    if llm is not None and not planned.four_bit:
-        changes: dict[str, Any] = {"train": "lora", "frozen_dtype": "bfloat16"}
-        for four_bit in (True,) if llm.train == "lora" else (False, True):
-            what = "model.llm.train=lora, frozen_dtype=bfloat16" + (", four_bit=true" if four_bit else "")
-            section = llm.model_copy(update={**changes, "four_bit": four_bit})
-            model = recipe.model.model_copy(update={"llm": section})
-            lean = planned_model(recipe.model_copy(update={"model": model}), planned.name)
-            yield tried(what, settings, Sharing("ddp", machine.count), rows, lean)
+    found = savings(
+        recipe.train,
+        ranks=machine.count,
+        sharded=sharing.is_sharded,
+        language_model=None if llm is None else llm.train,
+        four_bit=planned.four_bit,
+    )
+    together: dict[str, Any] = {}
+    for each in found:
+        if "train.micro_batch_size" in each.changes:  # alone it is told with the most that fits
+            together["train.micro_batch_size"] = 1
+            continue
+        yield tried(each.written, each.changes)
+        if each.same and "train.parallel.offload" not in each.changes:
+            together |= each.changes
+    if len(together) > 1:
+        yield tried(Saving(together, same=True).written, together)
+    more = 2 * machine.count
+    while sharing.is_sharded and more <= min(MOST_DEVICES, recipe.train.batch_size):
+        grown = tried(f"{more} such devices", {}, more)
+        if grown.fits:
+            yield grown
+            break
+        more *= 2
 
 
-def planned_model(recipe: Recipe, stand_in: str | None = None) -> PlannedModel:
-    """The recipe's model and its sequences, without weights or data.
-
-    Raises:
-        ArraError: the recipe fits no model, or its language model is not there and nothing stands in.
-    """
-    if recipe.model.llm is None:
-        if stand_in is not None:
-            raise ArraError(f"--model {stand_in}: stands in for a language model, and the recipe trains a decoder")
-        name, model, sequences, length, notes = _planned_decoder(recipe)
-    else:
-        name, model, sequences, length, notes = _planned_language_model(recipe, stand_in)
-    projectors: tuple[Any, ...] = ()
-    if recipe.align is not None:
-        sizes, unknown = feature_sizes(recipe)
-        projectors = projectors_of(recipe.align, sizes, hidden_size=model.hidden_size)
-        notes += [f"features of '{name}' taken to be {FEATURE_SIZE} wide" for name in unknown]
-    four_bit = recipe.model.llm is not None and recipe.model.llm.four_bit
-    parts = parts_of(model, recipe.train, four_bit=four_bit)
-    return PlannedModel(name, model, parts, sequences, projectors, four_bit, length, tuple(notes))
-
-
-Described = tuple[str, Painter, Sequences, int, list[str]]
-
-
-def _planned_decoder(recipe: Recipe) -> Described:
-    network = tokenizer_network(recipe)
-    settings = decoder_settings(recipe, num_codes=network.num_codes, downsampling=network.downsampling)
-    model = build_model(recipe, settings, text=None, empty=True)
-    length = settings.prefix_length + settings.num_positions - 1
-
-    def inputs(rows: int) -> Mapping[str, Tensor]:
-        with torch.device("meta"):
-            found: dict[str, Tensor] = {"tokens": torch.empty(rows, length, dtype=torch.int64)}
-            if settings.condition != "class":
-                found["prefix_mask"] = torch.empty(rows, settings.prefix_length, dtype=torch.bool)
-            if settings.condition == "caption":
-                found["caption"] = torch.empty(rows, settings.condition_length, settings.caption_dim)
-                found["null_caption"] = torch.empty(rows, dtype=torch.bool)
-        return found
-
-    aligned = settings.num_positions
-    name = f"llamagen-{recipe.model.size}" if recipe.model.size else "decoder"
-    notes = []
-    if recipe.model.condition == "class" and recipe.model.num_classes is None:
-        notes.append(f"{settings.num_classes} classes taken")
-    return name, model, Sequences(inputs, settings.num_positions, aligned), length, notes
-
-
-def _planned_language_model(recipe: Recipe, stand_in: str | None) -> Described:
-    section = language_section(recipe)
-    folder = Path(section.folder)
-    notes = [f"prompts taken to have {PROMPT_TOKENS} tokens"]
-    wide = section.model_copy(update={"four_bit": False})  # counted as four bits later
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"llm": wide})})
-    if (folder / CARD_FILE).is_file() and stand_in in (None, str(folder)):
-        name, card = str(folder), language_card(recipe)
-        model, layout, grid = first_language_model(recipe, card, empty=True), card.settings.layout, card.settings.grid
-    else:
-        name = _stand_in(recipe, stand_in)
-        if stand_in is None:
-            notes.insert(0, f"{folder} is not there; {name} of published sizes stands in for it")
-        model = _empty_chameleon(recipe, name)
-        layout, grid = model.layout, model.settings.grid
-    length = min(layout.length(PROMPT_TOKENS, grid), layout.max_positions or 2**31) - 1
-
-    def inputs(rows: int) -> Mapping[str, Tensor]:
-        return {"tokens": torch.empty(rows, length, dtype=torch.int64, device="meta")}
-
-    labelled = len(layout.image(grid)) + len(layout.closing)
-    return name, model, Sequences(inputs, labelled, grid[0] * grid[1]), length, notes
-
-
-def _stand_in(recipe: Recipe, asked: str | None) -> str:
-    """The name of the model that stands in.
-
-    Raises:
-        ArraError: none does.
-    """
-    known = [f"chameleon-{size}" for size in CHAMELEON_SIZES]
-    if asked is not None and asked not in known:
-        raise ArraError(f"--model {asked}: unknown; known are {', '.join(known)}")
-    if asked is None and recipe.tokenizer.name != "chameleon":
-        raise ArraError(
-            f"model.llm.folder: {language_section(recipe).folder}: no painting language model there; make it with arra "
-            f"init or arra import, or let one of published sizes stand in: --model {known[0]}"
-        )
-    return asked or known[0]
-
-
-def _empty_chameleon(recipe: Recipe, name: str) -> CausalLM:
-    """Chameleon of a published size, ready to train, on the meta device; it paints the recipe's squares."""
-    settings = chameleon_settings(name, CHAMELEON_SIZES[name.removeprefix("chameleon-")])
-    layout = ImageLayout(**CHAMELEON_LAYOUT, pixels_per_code=tokenizer_network(recipe).downsampling)
-    if recipe.has_rep:
-        layout = layout.model_copy(update={"rep": layout.rep_id})
-    with torch.device("meta"):
-        lm = build_chameleon(settings, rows=settings.model_parallel_size, image_tokenizer=False)
-        model = CausalLM(
-            lm.to(DTYPES[language_section(recipe).frozen_dtype]),
-            layout=layout,
-            grid=square(recipe, layout.pixels_per_code),
-            head_norm_rows=settings.model_parallel_size,
-        )
-        return prepare_language_model(recipe, model)
-
-
-def feature_sizes(recipe: Recipe) -> tuple[dict[str, int], list[str]]:
-    """Widths of the teachers' features, and the names of those that are not known before they are loaded."""
-    sizes, unknown = {}, []
-    for name, choice in used_choices(recipe).items():
-        if choice.name in SPECS:
-            sizes[name] = encoder_spec(choice.name).feature_size
-        else:
-            sizes[name] = FEATURE_SIZE
-            unknown.append(name)
-    return sizes, unknown
+def _changed(settings: S, changes: Mapping[str, Any]) -> S:
+    """The settings with some values, by dotted keys, replaced; not checked anew."""
+    for key, value in changes.items():
+        name, _, rest = key.partition(".")
+        inner = _changed(getattr(settings, name), {rest: value}) if rest else value
+        settings = settings.model_copy(update={name: inner})
+    return settings
 
 
 def report(found: Plan) -> Group:

@@ -21,8 +21,8 @@ from arra.config import Recipe, dump_recipe, load_recipe
 from arra.display import Display
 from arra.errors import ArraError
 from arra.runs import Run, writing
+from arra.stages.live import is_finished
 from arra.stages.process import PARENT, SECONDS_FOR_ORPHANS
-from arra.stages.train import is_finished
 
 EVALUATE = "evaluate"
 MAX_PROCESSES = 8

@@ -1,10 +1,6 @@
-"""From a store to a trained run: `arra train`.
+"""From a store to a trained run: `arra train`."""
 
-Legend: N records, P image positions, F feature.
-"""
-
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,80 +9,56 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from arra.config import Recipe, dump_recipe
-from arra.data.batches import Batches, HeldOutBatches, TrainBatch
-from arra.data.language import LayoutWriter, MixedBatches
-from arra.data.loading import default_workers
-from arra.data.order import Order
-from arra.data.records import source_names
 from arra.data.store import Store
 from arra.distributed import Ranks, joined_ranks, own_device, set_threads
-from arra.encoders import SPECS, encoder_spec
 from arra.errors import ArraError
 from arra.models import Decoder, Painter, save_model, save_outline
 from arra.models.adapters import load_bitsandbytes
 from arra.models.causal import CausalLM
 from arra.models.language_folder import CARD_FILE as LANGUAGE_CARD
-from arra.models.language_folder import LanguageCard
 from arra.report.grids import png_bytes, strip
 from arra.runs import Run, atomic_write
 from arra.sample.generate import generate
-from arra.stages.captions import check_caption_lengths
-from arra.stages.conditions import asked_of, caption_width, condition_facts, num_classes, open_conditions
+from arra.stages.conditions import caption_width, condition_facts, num_classes
+from arra.stages.desk import Desk
 from arra.stages.language import (
-    check_sequences,
     finish_language_model,
     first_language_model,
-    held_out_batches,
     is_hugging_face,
-    language_card,
     language_folder,
-    prompt_conditions,
-    shapes_of,
     text_hash,
-    text_rows,
 )
-from arra.stages.live import live_page, training_note
-from arra.stages.makers import center_variant, crop_of, used_choices
+from arra.stages.live import is_finished
+from arra.stages.makers import used_choices
 from arra.stages.model import (
     WEIGHTS_NAMES,
     build_model,
     decoder_settings,
-    text_tokenizer_of,
     tokenizer_network,
+    told_to_painters,
     weights_hash,
 )
 from arra.stages.origin import columns_of, note_store
-from arra.stages.pictures import (
-    OnlinePictures,
-    StoredPictures,
-    feature_sample,
-    held_out_codes,
-    open_pictures,
-    require_columns,
-    tokenizer_if_given,
-)
+from arra.stages.pictures import require_columns, tokenizer_if_given
 from arra.stages.process import Progress, locked, silent
 from arra.stages.quality import open_quality
 from arra.stages.tokenizer import tokenizer_folder
+from arra.stages.training_data import TrainingData, epoch_length, training_data
 from arra.stages.watch import open_watcher
 from arra.tokenizers import ImageTokenizer
 from arra.tokenizers.image import CARD_FILE, WEIGHTS_FILE
-from arra.tokenizers.text import TextTokenizer
-from arra.train.alignment import build_alignment, check_features, count_parameters
+from arra.train.alignment import build_alignment
 from arra.train.loop import Trainer
 from arra.train.out_of_memory import out_of_memory_told
-from arra.train.parallel import SHARDED, can_be_cut, chosen_kind, memory_of, state_bytes
-from arra.train.trackers import open_trackers, require_package
+from arra.train.parallel import SHARDED, fill, kind_for
+from arra.train.trackers import require_package
 from arra.train.watch import Watcher
 
 NUM_PREVIEWS = 8
 MODEL_FILES = (LANGUAGE_CARD, "config.json", *WEIGHTS_NAMES, WEIGHTS_FILE)
 """What a folder of a model or a tokenizer has, and a run not before its end."""
-MAX_TEXT_ROWS, TEXT_ROWS_AT_A_TIME = 256, 16
-"""Of held-out text on which a language model is watched."""
 FREE = tuple(
     f"train.{name}"
     for name in (
@@ -112,159 +84,6 @@ FREE = tuple(
     )
 )
 """What may change from one start of a run to the next: it leaves what is computed as it is, but for rounding."""
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a run trains on, read from a store after checking that the recipe fits it."""
-
-    store: Store
-    tokenizer: ImageTokenizer | None
-    """None where the codes were imported and nobody gave the tokenizer's weights: training needs none."""
-    text: TextTokenizer | None
-    pictures: StoredPictures | OnlinePictures
-    batches: Batches | MixedBatches
-    validation: Sequence[TrainBatch]
-    validation_rows: np.ndarray
-    asked: Callable[[Sequence[int]], dict[str, Any]]
-    """What a model is asked for some of the validation records."""
-    features: Mapping[str, Tensor] | None
-    """Every teacher's, of a sample of the training pictures, to fit the target spaces on."""
-    card: LanguageCard | None = None
-    """Of a language model."""
-    text_validation: Sequence[TrainBatch] = ()
-
-
-def training_data(
-    recipe: Recipe, store: Store, tokenizer: ImageTokenizer | None, *, device: torch.device | None = None
-) -> TrainingData:
-    """Batches of the training split and the validation batches.
-
-    Raises:
-        ArraError: a column is missing or damaged, or a condition does not fit the model.
-    """
-    columns = columns_of(recipe)
-    train, validation = store.rows("train", columns=columns), store.rows("validation", columns=columns)
-    workers = default_workers()
-    pictures = open_pictures(recipe, store, tokenizer, train, workers=workers, device=device or torch.device("cpu"))
-    features = None
-    if recipe.align is not None:
-        features = feature_sample(pictures, center_variant(recipe), crop_of(recipe).num_variants)
-        for where, term in recipe.align_terms():
-            check_features(term, tuple(features[term.encoder].shape[1:]), where=where)
-    told: dict[str, Any] = {
-        "pictures": pictures,
-        "batch_size": recipe.train.batch_size,
-        "seed": recipe.train.seed,
-        "counts": store.source_counts(train),
-        "groups": store.group_sizes(train),
-        "window": store.window(columns),
-        "weights": source_weights(recipe, store),
-    }
-    open_data = decoder_data if recipe.model.llm is None else language_data
-    return TrainingData(
-        store=store,
-        tokenizer=tokenizer,
-        pictures=pictures,
-        validation_rows=validation,
-        features=features,
-        **open_data(recipe, store, tokenizer, train=train, validation=validation, told=told),
-    )
-
-
-def decoder_data(
-    recipe: Recipe,
-    store: Store,
-    tokenizer: ImageTokenizer | None,
-    *,
-    train: np.ndarray,
-    validation: np.ndarray,
-    told: dict[str, Any],
-) -> dict[str, Any]:
-    """What a decoder of fixed prefix is trained on, as fields of `TrainingData`."""
-    text = text_tokenizer_of(recipe, store)
-    if text is not None:
-        check_caption_lengths(store, np.concatenate([train, validation]), text, recipe.model.prefix_length)
-    conditions = open_conditions(recipe, store, validation, text)
-    codes = held_out_codes(recipe, store, tokenizer, validation).flatten(1)
-    return {
-        "text": text,
-        "batches": Batches(conditions=open_conditions(recipe, store, train, text), **told),
-        "validation": HeldOutBatches(conditions, codes),
-        "asked": asked_of(conditions, store, validation),
-    }
-
-
-def language_data(
-    recipe: Recipe,
-    store: Store,
-    tokenizer: ImageTokenizer | None,
-    *,
-    train: np.ndarray,
-    validation: np.ndarray,
-    told: dict[str, Any],
-) -> dict[str, Any]:
-    """What a language model is trained on, as fields of `TrainingData`.
-
-    Raises:
-        ArraError: a sequence does not fit the model's positions, or its text cannot be read.
-    """
-    card = language_card(recipe, tokenizer)
-    shapes, held = (shapes_of(recipe, store, rows, card) for rows in (train, validation))
-    for rows, grids in ((train, shapes), (validation, held)):
-        check_sequences(store, rows, card, grids)
-    batches = Batches(
-        conditions=prompt_conditions(recipe, store, train, card, shapes),
-        buckets=shapes.numbers,
-        write=LayoutWriter(card.settings.layout),
-        **told,
-    )
-    codes = held_out_codes(recipe, store, tokenizer, validation).flatten(1) if held.numbers is None else None
-    mixed: Batches | MixedBatches = batches
-    text_validation: list[TrainBatch] = []
-    llm = recipe.model.llm
-    if llm is not None and llm.text is not None:
-        own, watched = text_rows(llm.text, card)
-        places = torch.arange(len(watched))[:MAX_TEXT_ROWS]
-        text_validation = [watched.batch(part) for part in places.split(TEXT_ROWS_AT_A_TIME)]
-        if llm.text.rows:
-            mixed = MixedBatches(batches, own, llm.text.rows)
-    return {
-        "text": None,
-        "card": card,
-        "batches": mixed,
-        "validation": held_out_batches(recipe, store, validation, card, held, codes),
-        "asked": asked_of(batches.conditions, store, validation),
-        "text_validation": text_validation,
-    }
-
-
-def epoch_length(recipe: Recipe, store: Store) -> int:
-    """Pictures of an epoch: every training record as often as its source's weight says.
-
-    Raises:
-        ArraError: the recipe weighs other sources than the store was made from.
-    """
-    counts = store.source_counts(store.rows("train", columns=columns_of(recipe)))
-    return Order(counts, source_weights(recipe, store) or (1.0,) * len(counts), recipe.train.seed).epoch_length
-
-
-def source_weights(recipe: Recipe, store: Store) -> tuple[float, ...] | None:
-    """How often an epoch visits the records of each of the store's sources; None where all count once.
-
-    Raises:
-        ArraError: the recipe weighs other sources than the store was made from.
-    """
-    if recipe.data.sources is None or all(source.weight == 1 for source in recipe.data.sources):
-        return None
-    sources = recipe.data.all_sources
-    ours, theirs = source_names(sources), [each["name"] for each in store.about["sources"]]
-    if ours != theirs:
-        raise ArraError(
-            f"{store.path}: made from the sources {', '.join(theirs)}, the recipe weighs {', '.join(ours)}; name the "
-            "same ones in the same order, or leave the weights out"
-        )
-    return tuple(source.weight for source in sources)
 
 
 def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, progress: Progress = silent) -> Run:
@@ -333,11 +152,11 @@ class Work:
         # first: a recipe that does not fit its data leaves no run behind
         data = training_data(recipe, store, tokenizer, device=self.device)
         model = self.first_model(data)
+        kind_for(model, recipe.train, ranks=ranks, device=self.device)  # what does not fit the ranks is told now
         watcher, quality = self.watcher(data, model), self.quality(data)
         if start is not None:
             model.about["started_from"] = {"weights": start, "sha256": manifest["weights_sha256"]}
-        if isinstance(model, CausalLM) and tokenizer is not None:  # an imported one did not say
-            model.about["codes_of"] = tokenizer.codes_of
+        model.about |= told_to_painters(recipe, manifest["codes_of"])
         run = ranks.by_first(lambda: self.opened(manifest))
         with ExitStack() as stack:
             ranks.by_first(lambda: stack.enter_context(locked(run)))
@@ -368,7 +187,7 @@ class Work:
                 text_validation=data.text_validation,
                 ranks=ranks,
                 device=self.device,
-                name_records=lambda rows: record_names(store, data.pictures.rows[np.asarray(rows)]),
+                name_records=lambda rows: record_names(store, data.pictures.rows[np.asarray(rows, np.int64)]),
                 warn=None if desk is None else desk.warn,
             )
             try:
@@ -406,13 +225,7 @@ class Work:
         kind: str = recipe.train.parallel.kind
         if kind == "auto" and ranks.size > 1 and not four_bit:
             empty = first_model(recipe, data, empty=True)
-            kind = chosen_kind(
-                recipe.train,
-                ranks=ranks,
-                state_bytes=state_bytes(empty),
-                device_bytes=memory_of(self.device),
-                may_shard=can_be_cut(empty),
-            )
+            kind = kind_for(empty, recipe.train, ranks=ranks, device=self.device)
         if kind in SHARDED:
             return first_model(recipe, data, empty=not ranks.is_first)
         return first_model(recipe, data).to(self.device)
@@ -441,7 +254,7 @@ class Work:
             return None
         return open_quality(self.recipe, self.store, data.tokenizer, device=self.device, progress=self.progress)
 
-    def previewer(self, data: TrainingData, run: Run, desk: "Desk | None") -> Callable[[Painter, int], None] | None:
+    def previewer(self, data: TrainingData, run: Run, desk: Desk | None) -> Callable[[Painter, int], None] | None:
         """What paints some held-out prompts from fixed seeds; rank zero keeps the pictures."""
         if data.tokenizer is None:
             return None
@@ -472,6 +285,8 @@ class Work:
                     continue
                 if isinstance(model, CausalLM):
                     finish_language_model(self.recipe, model, folder)
+                if decay is not None:  # the run's own folder has it already
+                    keep_tokenizer(self.recipe, self.store, folder)
                 save_model(model, folder)
         self.ranks.barrier()
 
@@ -483,52 +298,9 @@ class Work:
         if not self.ranks.is_first:
             return None
         model = first_model(self.recipe, data, empty=True)
-        model.load_state_dict(state, assign=True)
+        fill(model, state)
         model.about = trainer.model.about
         return model
-
-
-class Desk:
-    """Where a training's news arrive on rank zero: the display, trackers, the page of the run so far."""
-
-    def __init__(self, run: Run, recipe: Recipe, progress: Progress) -> None:
-        self.run, self.steps, self.progress = run, recipe.train.steps, progress
-        self.trackers = open_trackers(
-            recipe.train.trackers, run_folder=run.path, name=run.path.name, config=recipe.model_dump(mode="json")
-        )
-
-    def __enter__(self) -> "Desk":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.refresh()
-        for tracker in self.trackers:
-            tracker.close()
-
-    def take(self, row: dict[str, Any]) -> None:
-        """Nothing; a row of the metrics is shown and passed on."""
-        for tracker in self.trackers:
-            tracker.log(row)
-        if row["kind"] in ("train", "validation"):
-            self.progress("step", row["step"], self.steps, training_note(row))
-        if row["kind"] in ("validation", "quality"):
-            self.refresh()
-
-    def refresh(self) -> None:
-        """Nothing; the page is as far as the run."""
-        with suppress(ArraError):  # no room for a page is no reason to end a training
-            live_page(self.run.path)
-
-    def warn(self, line: str) -> None:
-        """Nothing; a line that somebody should read is on the error output."""
-        print(f"warning: {line}", file=sys.stderr, flush=True)
-
-    def preview(self, png: bytes, step: int) -> None:
-        """Nothing; the pictures are kept and passed on."""
-        atomic_write(self.run.path / "previews" / f"step-{step:06d}.png", png)
-        for tracker in self.trackers:
-            tracker.image("preview", png, step)
-        self.refresh()
 
 
 def keep_tokenizer(recipe: Recipe, store: Store, folder: Path) -> None:
@@ -592,80 +364,3 @@ def first_model(recipe: Recipe, data: TrainingData, *, empty: bool = False) -> P
     model = build_model(recipe, settings, text=data.text, empty=empty)
     model.about |= condition_facts(recipe, data.store)
     return model
-
-
-def is_finished(run: Run, recipe: Recipe) -> bool:
-    """Whether the run's last step is done and its model saved."""
-    saved = all((run.path / name).is_file() for name in ("model.safetensors", "model.json"))
-    return saved and any(row["step"] == recipe.train.steps for row in run.read_metrics()[-3:])
-
-
-def describe_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, with the numbers that follow from it as comments."""
-    if recipe.model.llm is not None:
-        return dump_recipe(recipe) + "".join(f"# {line}\n" for line in describe_language_model(recipe))
-    network, model = tokenizer_network(recipe), recipe.model
-    settings = decoder_settings(recipe, num_codes=network.num_codes, downsampling=network.downsampling)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Decoder(settings).parameters())
-    length = settings.prefix_length + settings.num_positions
-    before = {
-        "text": f"{settings.condition_length} text positions",
-        "class": "1 class",
-        "caption": f"{settings.condition_length} vectors of a caption",
-    }
-    rep = " + the REP token" if settings.rep_token else ""
-    lines = [
-        f"image: {settings.num_positions} codes ({settings.grid[0]} x {settings.grid[1]}) of {settings.num_codes}",
-        f"sequence: {before[model.condition]}{rep} + {settings.num_positions} codes",
-        f"decoder: {parameters:,} parameters",
-        describe_length(recipe, tokens=length),
-    ]
-    if model.condition == "class" and model.num_classes is None:
-        lines.insert(2, f"classes: the store's; {settings.num_classes} assumed here")
-    if model.weights is not None:
-        lines.append(f"first weights: {model.weights}")
-    if recipe.align is not None:
-        lines += describe_projectors(recipe)
-    return dump_recipe(recipe) + "".join(f"# {line}\n" for line in lines)
-
-
-def describe_length(recipe: Recipe, *, tokens: int | None = None) -> str:
-    """How much is trained on, in a line; `tokens` are those of a picture, None where they differ."""
-    written: int | str = recipe.train.steps
-    if isinstance(written, str):  # the store will say how many steps that is
-        return f"training: {written}"
-    images = written * recipe.train.batch_size
-    return f"training: {images:,} images" + ("" if tokens is None else f", {images * tokens:,} tokens")
-
-
-def describe_projectors(recipe: Recipe) -> list[str]:
-    """How many parameters the projectors have, in a line; nothing where a teacher's features are not known yet."""
-    assert recipe.align is not None
-    sizes = {}
-    for name, choice in used_choices(recipe).items():
-        if choice.name not in SPECS or choice.output is not None or choice.layers is not None:
-            return []
-        sizes[name] = encoder_spec(choice.name).feature_size
-    count = count_parameters(recipe.align, sizes, hidden_size=recipe.model.hidden_size)
-    return [f"projector: {count:,} parameters, thrown away after training"]
-
-
-def describe_language_model(recipe: Recipe) -> list[str]:
-    """What follows from a recipe of a language model, in lines; nothing where its folder is not made yet."""
-    llm = recipe.model.llm
-    if llm is None or not (Path(llm.folder) / LANGUAGE_CARD).is_file():
-        return [] if llm is None else [f"model: {llm.folder} is not there yet; arra init or arra import makes it"]
-    settings = language_card(recipe).settings
-    layout, grid = settings.layout, settings.grid
-    lines = [
-        f"layout: {layout.family}, read as {layout.template!r}",
-        f"image: {settings.num_positions} codes ({grid[0]} x {grid[1]}) of {settings.num_codes}",
-        f"sequence: the prompt + {layout.length(0, grid)} tokens",
-        describe_length(recipe),
-    ]
-    if llm.text is not None:
-        lines.append(
-            f"text: {llm.text.rows} rows of {llm.text.length} tokens beside every {recipe.train.batch_size} images"
-        )
-    return lines

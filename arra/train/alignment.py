@@ -50,15 +50,15 @@ def build_alignment(
     return Alignments(terms)
 
 
-def count_parameters(settings: AlignSettings, sizes: Mapping[str, int], *, hidden_size: int) -> int:
-    """Parameters of all projectors, for teachers of these feature sizes."""
-    found = 0
+def empty_projectors(settings: AlignSettings, sizes: Mapping[str, int], *, hidden_size: int) -> tuple[Projector, ...]:
+    """The projectors of all terms, for teachers of these feature sizes, without memory (device meta)."""
     with torch.device("meta"):
-        for term in settings.terms().values():
-            size = term.components or sizes[term.encoder]
-            projector = Projector(hidden_size, size, kind=term.projector, inner_size=term.inner_size)
-            found += sum(parameter.numel() for parameter in projector.parameters())
-    return found
+        return tuple(
+            Projector(
+                hidden_size, term.components or sizes[term.encoder], kind=term.projector, inner_size=term.inner_size
+            )
+            for term in settings.terms().values()
+        )
 
 
 def check_features(term: AlignTerm, shape: tuple[int, ...], *, where: str) -> None:

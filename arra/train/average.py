@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from arra.train.optimizer import own_part
+from arra.train.parallel import own_part
 
 
 class Averages:

@@ -98,17 +98,16 @@ class Heartbeat:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def beat(self, step: int, doing: Doing, *, allowed: float | None = None) -> None:
+    def beat(self, step: int, doing: Doing) -> None:
         """Nothing; this rank is now at `step` (updates made so far) and does this. Takes microseconds.
 
-        All ranks call it alike, also where only one has something to do and the others wait for it. `allowed` are
-        seconds that it may take, by default `hang_seconds`, or `LONG` times that outside a step and in the first step.
+        All ranks call it alike, also where only one has something to do and the others wait for it. It may take
+        `hang_seconds`, or `LONG` times that outside a step and in the first step.
         """
         if doing == "data" and self._first_step is None:
             self._first_step = step
-        if allowed is None:
-            usual = doing in IN_STEP and step != self._first_step
-            allowed = self._hang_seconds * (1.0 if usual else LONG)
+        usual = doing in IN_STEP and step != self._first_step
+        allowed = self._hang_seconds * (1.0 if usual else LONG)
         last, _ = self._now
         made = self._made(doing, turn=last.turn, step=step, count=last.count + 1, allowed=allowed)
         if made.order < last.order:

@@ -27,11 +27,12 @@ from arra.distributed import ALONE, Ranks
 from arra.models import Painter
 from arra.runs import Run
 from arra.train.average import Averages
-from arra.train.checkpoints import Checkpoints, SavedStep, optimizer_space, optimizer_tensors, restore_optimizer
+from arra.train.checkpoints import Checkpoints, SavedStep
 from arra.train.heartbeat import Doing, Heartbeat
 from arra.train.interrupt import TrainingInterrupted, interruptible
 from arra.train.meters import Meters
 from arra.train.optimizer import gradient_norm, make_optimizers, scale_gradients
+from arra.train.optimizer_state import optimizer_space, optimizer_tensors, restore_optimizer
 from arra.train.parallel import Engine
 from arra.train.passes import Ahead, Passed, Passes, Steps, validation_loss
 from arra.train.schedule import learning_rate
@@ -100,8 +101,7 @@ class Trainer:
         self.names |= {p: f"align.{n}" for n, p in self.projector.items()}
         parts: list[nn.Module] = [self.model] if self.alignment is None else [self.model, self.alignment]
         self.optimizers = make_optimizers({name: p for p, name in self.names.items()}, s, modules=parts)
-        decays = () if s.ema_decay is None else s.ema_decay if isinstance(s.ema_decay, tuple) else (s.ema_decay,)
-        self.averages = Averages(self.parameters, decays, warmup=s.ema_warmup, offload=s.ema_offload)
+        self.averages = Averages(self.parameters, s.ema_decays, warmup=s.ema_warmup, offload=s.ema_offload)
         self.meters = Meters(self.model, device=self.place, precision=s.precision, ranks=self.ranks)
         self.losses_seen = LossWatch(s.trouble)
         self.passes = Passes(self.engine)
@@ -174,12 +174,14 @@ class Trainer:
         self.weights = passed.weights
         model_norm = gradient_norm(list(self.parameters.values()))
         projector_norm = gradient_norm(list(self.projector.values()))
-        totals, squares = self.summed(passed, model_norm, projector_norm, asked_to_stop)
+        totals, squares = self.summed(
+            passed, model_norm=model_norm, projector_norm=projector_norm, asked_to_stop=asked_to_stop
+        )
         if totals.save_failed:
             self.checkpoints.wait()
         reason = self.losses_seen.judge(totals.loss, totals.grad_norm)
         if reason is not None:
-            self.in_trouble(reason, position, batch, totals)
+            self.in_trouble(reason, position=position, batch=batch, totals=totals)
             return None
         self.heartbeat.beat(self.step, "update")
         self.losses_seen.accept(totals.loss)
@@ -199,11 +201,7 @@ class Trainer:
         return totals
 
     def summed(
-        self,
-        passed: Passed,
-        model_norm: Tensor,
-        projector_norm: Tensor,
-        asked_to_stop: bool,
+        self, passed: Passed, *, model_norm: Tensor, projector_norm: Tensor, asked_to_stop: bool
     ) -> tuple[Totals, dict[str, list[float]]]:
         """What this rank found, added up over all ranks: the one place of a step that waits for the device."""
         losses, squares = passed.losses, passed.squares
@@ -230,7 +228,7 @@ class Trainer:
                 aligned, other = squares[name]
                 balance.update(aligned=aligned, other=other)
 
-    def in_trouble(self, reason: Reason, position: int, batch: TrainBatch, totals: Totals) -> None:
+    def in_trouble(self, reason: Reason, *, position: int, batch: TrainBatch, totals: Totals) -> None:
         """Nothing; what is known of it is written down, and the batch is left out if the settings say so.
 
         No weight has moved in this step.
@@ -403,7 +401,7 @@ class Trainer:
             tensors |= optimizer_space(optimizer, self.names, saved=saved)
         self.checkpoints.load(saved, tensors)
         for optimizer in self.optimizers:
-            restore_optimizer(optimizer, self.names, tensors)
+            restore_optimizer(optimizer, self.names, tensors=tensors)
         for name, balance in self.balances().items():
             balance.ratio, steps = tensors[f"balance.{name}"].tolist()
             balance.steps = int(steps)

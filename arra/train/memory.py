@@ -1,34 +1,27 @@
 """What a training takes of every device's memory, part by part, before it starts; `arra plan` prints it.
 
-    a model on the meta device, settings, ranks --> training_memory --> Memory{weights, gradients, ..., activations}
+    a model on the meta device, its passes, settings, ranks --> training_memory --> Memory{weights, ..., activations}
 
 What stays for the whole training (weights, gradients, moments, averages) is counted tensor by tensor. What comes and
-goes in a step is found by making the step's passes over fake tensors, which have shapes and no numbers: every tensor
-that autograd keeps, and every intermediate while it lives, is counted as PyTorch would make it, for any network.
+goes in a step is found by making its passes without numbers (`arra.train.activations`).
 Letters: N elements of a tensor, d its first side, R ranks that share one set of weights, B rows of a micro-batch,
 S positions of a row, D model width, V vocabulary, L blocks, w bytes of a number in products (2 in bfloat16, else 4).
 """
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from arra.align import Projector
-from arra.models import CausalLM, Painter, dropout
+from arra.models import CausalLM, Painter
 from arra.models.head import HEAD_BYTES
+from arra.train.activations import PassBytes
 from arra.train.optimizer import Muon, make_optimizers
-from arra.train.parallel import SHARDED, recompute_blocks
-from arra.train.settings import AlignSettings, TrainSettings
+from arra.train.parallel import SHARDED
+from arra.train.settings import TrainSettings
 
 WIDE = 4
 """Bytes of float32: of what is trained, its gradients, moments and averages, and of gradients while they are summed."""
@@ -39,8 +32,6 @@ EIGHT_BIT_LEAST, EIGHT_BIT_BLOCK = 4096, 256
 RESERVE_BYTES = 2 * 2**30
 """Assumed, not computed: the driver's context and kernels, NCCL's buffers, what lies idle between tensors, and the part
 of its nominal memory that a card does not offer."""
-TRACED_BLOCKS = (2, 4)
-"""Depths at which passes are made; deeper models add a block's share, the mean of two for those that alternate."""
 LOGIT_COPIES = 3
 """A slice of logits, its exponentials and a copy in the products' type."""
 
@@ -92,31 +83,12 @@ class Sharing:
 
 @dataclass(frozen=True)
 class Sequences:
-    """The rows of a micro-batch."""
+    """The rows of a micro-batch, each alike."""
 
-    inputs: Callable[[int], Mapping[str, Tensor]]
-    """What the model is called with for so many rows, on the meta device; `tokens` among them."""
     labelled: int
     """Positions of a row that carry loss."""
     aligned: int
     """Positions of a row that each alignment term takes."""
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Bytes that the passes over a micro-batch take beside weights and their gradients."""
-
-    kept: int
-    """What autograd keeps from the forward to the backward pass."""
-    forward: int
-    """The most at any time of the forward pass, autocast's copies of weights included."""
-    backward: int
-    """The most at any time of the backward pass."""
-
-    @property
-    def peak(self) -> int:
-        """The most at any time."""
-        return max(self.forward, self.backward)
 
 
 @dataclass(frozen=True)
@@ -231,7 +203,7 @@ def state_memory(
         weights=sum(ceil(each.bytes_each * count) for each, count in zip(held, local, strict=True)),
         gradients=WIDE * trained,
         optimizer=sum(moment_bytes(each, settings, shards=shards) for each in held),
-        averages=WIDE * trained * _num_averages(settings),
+        averages=WIDE * trained * len(settings.ema_decays),
         projector=sum(2 * WIDE * prod(each.shape) + moment_bytes(each, settings, shards=1) for each in projector),
         gathered=0,
         activations=0,
@@ -295,19 +267,12 @@ def projector_activations(projectors: Sequence[Projector], hidden_size: int, *, 
     return WIDE * positions * sum(widths)
 
 
-def projectors_of(settings: AlignSettings, sizes: Mapping[str, int], *, hidden_size: int) -> tuple[Projector, ...]:
-    """The projectors of an alignment, for teachers of these feature sizes."""
-    return tuple(
-        Projector(hidden_size, term.components or sizes[term.encoder], kind=term.projector, inner_size=term.inner_size)
-        for term in settings.terms().values()
-    )
-
-
 def training_memory(
     model: Painter,
     settings: TrainSettings,
     *,
     sharing: Sharing,
+    passes: PassBytes,
     sequences: Sequences,
     rows: int,
     projectors: Sequence[Projector] = (),
@@ -315,21 +280,22 @@ def training_memory(
 ) -> Memory:
     """What every device holds at the worst moment of a step with micro-batches of so many rows.
 
-    The model is on the meta device and stays as it is. Parts that are largest at different moments are added up.
+    The model is on the meta device; `passes` are those of such a micro-batch with these settings and this sharing.
+    Parts that are largest at different moments are added up.
     """
     parts = parts_of(model, settings, four_bit=four_bit)
     state = state_memory(parts, settings, sharing=sharing, projectors=projectors)
     found = replace(
         state,
         gathered=gathered_bytes(parts, settings, sharing=sharing),
-        activations=passes(model, settings, sequences.inputs(rows), sharded=sharing.is_sharded).peak
+        activations=passes.peak
         + projector_activations(projectors, model.hidden_size, positions=rows * sequences.aligned),
         head=head_bytes(model, settings, positions=rows * sequences.labelled),
         reserve=RESERVE_BYTES,
         host=state.state if settings.checkpoint_in_background else 0,
     )
     if settings.ema_offload:
-        landing = found.averages // max(1, _num_averages(settings))  # weights on their way to them
+        landing = found.averages // max(1, len(settings.ema_decays))  # weights on their way to them
         found = replace(found, averages=0, host=found.host + found.averages + landing)
     if settings.parallel.offload and sharing.is_sharded:
         away = found.state - found.projector
@@ -360,151 +326,5 @@ def largest_rows(memory_of: Callable[[int], Memory], device_bytes: int, *, most:
     return low
 
 
-def _num_averages(settings: TrainSettings) -> int:
-    decays = settings.ema_decay if isinstance(settings.ema_decay, tuple) else (settings.ema_decay,)
-    return sum(decay is not None for decay in decays)
-
-
 def _product_bytes(settings: TrainSettings) -> int:
     return 2 if settings.precision == "bfloat16" else WIDE
-
-
-def passes(model: Painter, settings: TrainSettings, inputs: Mapping[str, Tensor], *, sharded: bool) -> Passes:
-    """What a forward and a backward pass up to the head take, recomputation as in the settings.
-
-    Passes are made at two depths; of deeper models each further block adds as much as those between. Weights and
-    gradients that are ready are not counted, a block's copies in autocast's type and a gradient on its way are.
-    `compile` is taken to keep as much. Attention is counted as the kernels that keep no S x S.
-    """
-    depth = len(model.blocks)
-    shallow, deep = TRACED_BLOCKS
-    if depth <= deep:
-        return _traced(model, settings, inputs, sharded=sharded, depth=depth)
-    first, second = (_traced(model, settings, inputs, sharded=sharded, depth=count) for count in TRACED_BLOCKS)
-
-    def deeper(few: int, many: int) -> int:
-        return many + (many - few) * (depth - deep) // (deep - shallow)
-
-    return Passes(
-        kept=deeper(first.kept, second.kept),
-        forward=deeper(first.forward, second.forward),
-        backward=deeper(first.backward, second.backward),
-    )
-
-
-def _traced(
-    model: Painter, settings: TrainSettings, inputs: Mapping[str, Tensor], *, sharded: bool, depth: int
-) -> Passes:
-    """The passes of the model's first blocks over fake tensors."""
-    narrow = settings.precision == "bfloat16"
-    with _cut(model, depth), _recomputed(model, settings), _unsliced_masks(), FakeTensorMode():
-
-        def fake(value: Tensor, kind: torch.dtype, *, trained: bool = False) -> Tensor:
-            return torch.empty(value.shape, dtype=kind, requires_grad=trained)
-
-        def product_type(value: Tensor) -> torch.dtype:
-            return torch.bfloat16 if narrow and sharded and value.is_floating_point() else value.dtype
-
-        tensors = {
-            f"model.{name}": fake(value, product_type(value), trained=value.requires_grad)
-            for name, value in model.named_parameters()
-        }
-        for value in tensors.values():
-            if value.requires_grad:  # ready, it is counted elsewhere
-                value.register_post_accumulate_grad_hook(_drop_gradient)
-        tensors |= {f"model.{name}": fake(value, value.dtype) for name, value in model.named_buffers()}
-        given = {name: fake(value, product_type(value)) for name, value in inputs.items()}
-        with _Living([*tensors.values(), *given.values()]) as living:
-            step = _Step(model, living, autocast=narrow and not sharded)
-            step.train()
-            found: Passes = functional_call(step, tensors, (given,))
-    return found
-
-
-class _Step(nn.Module):
-    """The passes as one call, so that recomputation sees the same weights."""
-
-    def __init__(self, model: nn.Module, living: "_Living", *, autocast: bool) -> None:
-        super().__init__()
-        self.model, self.living, self.autocast = model, living, autocast
-
-    def forward(self, given: dict[str, Tensor]) -> Passes:
-        """What they take."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            hidden = self.model(**given).last_hidden
-        kept, forward = self.living.now, self.living.peak
-        self.living.peak = 0
-        if hidden.requires_grad:
-            hidden.backward(torch.empty_like(hidden))
-        return Passes(kept, forward, self.living.peak)
-
-
-class _Living(TorchDispatchMode):
-    """Counts the bytes of tensors while they live, but for those given."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen: dict[int, Any] = {value.untyped_storage()._cdata: None for value in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for value in tree_leaves(found):
-            if isinstance(value, Tensor):
-                self._note(value.untyped_storage())
-        return found
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.seen[key] = weakref.finalize(storage, self._forget, key, size)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-
-    def _forget(self, key: int, size: int) -> None:
-        del self.seen[key]
-        self.now -= size
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-@contextmanager
-def _cut(model: Painter, depth: int) -> Iterator[None]:
-    """A block in which the model has its first blocks alone."""
-    first = model.blocks[0]
-    listed = next(part for part in model.modules() if isinstance(part, nn.ModuleList) and first in part)
-    kept = listed._modules
-    listed._modules = dict(list(kept.items())[:depth])
-    try:
-        yield
-    finally:
-        listed._modules = kept
-
-
-@contextmanager
-def _unsliced_masks() -> Iterator[None]:
-    """A block in which dropout's masks are made at once, as accelerators do."""
-    size = dropout.CHUNK
-    dropout.CHUNK = 2**62
-    try:
-        yield
-    finally:
-        dropout.CHUNK = size
-
-
-@contextmanager
-def _recomputed(model: Painter, settings: TrainSettings) -> Iterator[None]:
-    """A block in which the model's blocks recompute as in training."""
-    training = model.training
-    before = [block.__dict__.get("forward") for block in model.blocks]
-    recompute_blocks(model, settings)
-    try:
-        yield
-    finally:
-        for block, forward in zip(model.blocks, before, strict=True):
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.forward = forward
-        model.train(training)

@@ -7,7 +7,7 @@ Legend: M N sides of a matrix, G matrices of one shape.
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from arra.errors import ArraError
 from arra.models.adapters import load_bitsandbytes
-from arra.train.parallel import gathered
+from arra.train.parallel import gathered, own_part
 from arra.train.settings import TrainSettings
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -184,13 +184,6 @@ def _eight_bit_adamw(groups: list[dict[str, Any]], settings: TrainSettings) -> t
     return adamw
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Float[Tensor, ""]:
-    """The norm of all gradients together; they are scaled down to `most` if it is more, else not touched."""
-    norm = gradient_norm(parameters)
-    scale_gradients(parameters, norm, most=most)
-    return norm
-
-
 @torch.no_grad()
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Float[Tensor, ""]:
     """The norm of all gradients together, on their device and not waited for; of sharded ones all ranks ask for it.
@@ -213,8 +206,3 @@ def scale_gradients(parameters: Sequence[nn.Parameter], norm: Float[Tensor, ""],
             devices.setdefault(parameter.grad.device, []).append(own_part(parameter.grad))
     for device, gradients in devices.items():
         torch._foreach_mul_(gradients, factor.to(device))
-
-
-def own_part(value: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory: its shard, or all of one that is not sharded."""
-    return cast(DTensor, value.detach()).to_local() if isinstance(value, DTensor) else value.detach()

@@ -1,18 +1,19 @@
 """When memory runs out: one line that says what was asked for and which settings of this recipe need less.
 
-Place in the pipeline: `arra train` wraps building and training in `out_of_memory_told`. What a training needs before it
-starts is another room's; this one speaks when it was too much.
+Place in the pipeline: `arra train` wraps building and training in `out_of_memory_told`. What a training needs is known
+before it starts by `arra.train.memory`; this speaks when it was too much.
 """
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 
 from arra.distributed import Ranks
 from arra.errors import ArraError
+from arra.train.parallel import SHARDED
+from arra.train.savings import Trained, savings
 from arra.train.settings import TrainSettings
 
 ON_DEVICE = re.compile(r"out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED", re.IGNORECASE)
@@ -32,8 +33,8 @@ def out_of_memory_told(
     settings: TrainSettings,
     ranks: Ranks,
     *,
-    where: str = "train",
-    language_model: Literal["all", "lora", "head"] | None = None,
+    where: str,
+    language_model: Trained | None = None,
     four_bit: bool = False,
 ) -> Iterator[None]:
     """A block in which running out of memory, on a device or not, becomes one line that says what to change.
@@ -50,57 +51,25 @@ def out_of_memory_told(
         on_device = isinstance(error, torch.OutOfMemoryError) or bool(ON_DEVICE.search(str(error)))
         if not (on_device or isinstance(error, MemoryError) or ON_CPU.search(str(error))):
             raise
-        same, other = cheaper_settings(
+        found = savings(
             settings,
-            ranks,
+            ranks=ranks.size,
+            sharded=settings.parallel.kind in SHARDED or settings.parallel.offload,
             on_device=on_device,
             language_model=language_model,
             four_bit=four_bit,
         )
+        same, other = ([each.written for each in found if each.same is wanted] for wanted in (True, False))
         if on_device and _is_split(str(error)):
             same.insert(0, "the environment variable PYTORCH_ALLOC_CONF=expandable_segments:True")
         advice = []
         if same:
-            advice.append(f"with the same result: {', '.join(same)}")
+            advice.append(f"with the same result: {' or '.join(same)}")
         if other:
-            advice.append(f"with another result: {', '.join(other)}")
+            advice.append(f"with another result: {' or '.join(other)}")
         told = "; ".join(advice) or "nothing of the recipe is left to save it with: more ranks, or a smaller model"
         whose = f" on rank {ranks.rank}" if ranks.size > 1 else ""
         raise ArraError(f"{where}: out of memory{whose} {_circumstances(str(error), on_device)}; {told}") from error
-
-
-def cheaper_settings(
-    settings: TrainSettings,
-    ranks: Ranks,
-    *,
-    on_device: bool,
-    language_model: Literal["all", "lora", "head"] | None,
-    four_bit: bool,
-) -> tuple[list[str], list[str]]:
-    """Settings that need less memory and are not taken yet, the cheapest first: those that leave the result as it is up
-    to rounding, and those that do not."""
-    s, same, other = settings, list[str](), list[str]()
-    rows = -(-s.batch_size // ranks.size)
-    now = min(s.micro_batch_size or rows, rows)
-    if now > 1:
-        same.append(f"train.micro_batch_size: {now} -> {now // 2}")
-    if on_device and s.ema_decay is not None and not s.ema_offload:
-        same.append("train.ema_offload: true")
-    if ranks.size > 1 and s.parallel.kind not in ("fsdp", "hsdp") and not s.parallel.offload:
-        same.append("train.parallel.kind: fsdp")
-    if s.recompute != "full":
-        same.append(f"train.recompute: {'selective or full' if s.recompute == 'none' else 'full'}")
-    if on_device and not s.parallel.offload:
-        same.append("train.parallel.offload: true (slow)")
-    if s.precision == "float32":
-        other.append("train.precision: bfloat16")
-    if s.optimizer != "adamw8bit":
-        other.append("train.optimizer: adamw8bit")
-    if language_model == "all":
-        other.append("model.llm.train: lora")
-    if language_model in ("all", "lora") and not four_bit:
-        other.append(f"model.llm.four_bit: true{' with it' if language_model == 'all' else ''}")
-    return same, other
 
 
 def _circumstances(message: str, on_device: bool) -> str:

@@ -10,7 +10,7 @@ gradients are summed, never averaged.
 Legend: R ranks, D model width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from inspect import signature
@@ -29,7 +29,7 @@ from arra.align import Alignments
 from arra.data.batches import TrainBatch
 from arra.distributed import Ranks
 from arra.errors import ArraError
-from arra.models import CausalLM, Decoder, Painter
+from arra.models import CausalLM, Decoder, ModelOutput, Painter
 from arra.train.objective import Losses, compute_losses
 from arra.train.settings import ParallelSettings, TrainSettings
 
@@ -56,13 +56,7 @@ class Engine:
     ) -> None:
         """Wraps the model; on ranks after the first it may be on the meta device where it is sharded."""
         self.model, self.alignment, self.settings, self.ranks, self.device = model, alignment, settings, ranks, device
-        self.kind = chosen_kind(
-            settings,
-            ranks=ranks,
-            state_bytes=state_bytes(model),
-            device_bytes=memory_of(device),
-            may_shard=can_be_cut(model),
-        )
+        self.kind = kind_for(model, settings, ranks=ranks, device=device)
         if settings.compile:
             compile_blocks(model)
         recompute_blocks(model, settings)  # what is compiled is computed again as a whole
@@ -78,7 +72,7 @@ class Engine:
             wrapped = DistributedDataParallel(
                 self.objective, find_unused_parameters=isinstance(model, CausalLM), **told
             )
-            wrapped.register_comm_hook(None, _sum)
+            wrapped.register_comm_hook(None, lambda _, bucket: _summed(bucket))
             self.objective = wrapped
 
     @property
@@ -94,11 +88,7 @@ class Engine:
 
     def narrowed(self) -> AbstractContextManager[object]:
         """A block in which products run in the type that the settings ask for; sharded weights have it already."""
-        if self.settings.precision == "float32" or self.is_sharded:
-            return nullcontext()
-        # what is computed again is narrowed again: kept until then, all narrow weights would lie there together
-        keep = self.settings.recompute == "none"
-        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=keep)
+        return narrowed(self.settings, sharded=self.is_sharded, device_type=self.device.type)
 
     @contextmanager
     def part(self, *, is_last: bool) -> Iterator[None]:
@@ -144,13 +134,26 @@ class Engine:
                 module.reshard()
 
     def whole_state(self) -> dict[str, Tensor]:
-        """All weights and saved buffers by name, in the CPU's memory of rank zero; others get none. All ranks call."""
-        found = {}
-        for name, value in self.model.state_dict().items():
-            full = gathered(value, self.device)
+        """All weights and saved buffers by name, in the CPU's memory of rank zero; others get none. All ranks call.
+
+        What has several names (a head tied to its embeddings) is one tensor under all of them.
+        """
+        found, whole = dict[str, Tensor](), dict[Tensor, Tensor]()
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if value not in whole:
+                full = gathered(value, self.device)
+                whole[value] = full.cpu() if self.ranks.is_first else full.new_empty(0)
             if self.ranks.is_first:
-                found[name] = full.cpu()
+                found[name] = whole[value]
         return found
+
+
+def narrowed(settings: TrainSettings, *, sharded: bool, device_type: str) -> AbstractContextManager[object]:
+    """A block in which products run in the type that the settings ask for; sharded weights have it already."""
+    if settings.precision == "float32" or sharded:
+        return nullcontext()
+    # what is computed again is narrowed again: kept until then, all narrow weights would lie there together
+    return torch.autocast(device_type, torch.bfloat16, cache_enabled=settings.recompute == "none")
 
 
 class Objective(nn.Module):
@@ -166,12 +169,29 @@ class Objective(nn.Module):
         return compute_losses(self.model, part, self._alignment[0], **told)
 
 
+def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Nothing; an empty model holds these tensors themselves, and what was one weight of several names still is."""
+    names: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for part in model.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            names.setdefault(parameter, []).append((part, name))
+    model.load_state_dict(state, assign=True)
+    for (first, own), *others in names.values():
+        for part, name in others:
+            setattr(part, name, getattr(first, own))
+
+
 def gathered(value: Tensor, device: torch.device) -> Tensor:
     """The whole of a tensor that may lie in shards; all ranks call."""
     if not isinstance(value, DTensor):
         return value.detach()
     whole: Tensor = cast(DTensor, value.detach().to(device)).full_tensor()
     return whole
+
+
+def own_part(value: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory: its shard, or all of one that is not sharded."""
+    return cast(DTensor, value.detach()).to_local() if isinstance(value, DTensor) else value.detach()
 
 
 def can_be_cut(model: Painter) -> bool:
@@ -184,6 +204,17 @@ def state_bytes(model: Painter) -> int:
     return sum(
         parameter.numel() * (parameter.element_size() + 12 * parameter.requires_grad)
         for parameter in model.parameters()
+    )
+
+
+def kind_for(model: Painter, settings: TrainSettings, *, ranks: Ranks, device: torch.device) -> str:
+    """`chosen_kind` of a model that may lie on the meta device; raises as that does."""
+    return chosen_kind(
+        settings,
+        ranks=ranks,
+        state_bytes=state_bytes(model),
+        device_bytes=memory_of(device),
+        may_shard=can_be_cut(model),
     )
 
 
@@ -250,10 +281,17 @@ def shard(model: Painter, settings: TrainSettings, *, ranks: Ranks, device: torc
         plant.materialize(block)
         fully_shard(block, **told, mp_policy=inner, reshard_after_forward=settings.parallel.reshard)
     plant.materialize(model)
+    model.register_forward_hook(_note_backward)
     fully_shard(model, **told, mp_policy=MixedPrecisionPolicy(**types), reshard_after_forward=False)
     for group in (model, *model.blocks):
         group.set_gradient_divide_factor(1.0)  # type: ignore[operator]
         group.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo knows no scaled sums
+
+
+def _note_backward(model: nn.Module, inputs: Any, output: ModelOutput) -> None:
+    """Nothing; a gradient reaches the states, by which FSDP knows of a backward pass, though all below is frozen."""
+    if torch.is_grad_enabled() and not output.last_hidden.requires_grad:
+        output.last_hidden.requires_grad_()
 
 
 def _mesh(parallel: ParallelSettings, ranks: Ranks, device: torch.device) -> DeviceMesh:
@@ -306,8 +344,8 @@ class _Plant:
         return held
 
 
-def _sum(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's own hook divides by the number of ranks."""
+def _summed(bucket: dist.GradBucket) -> Any:
+    """A future of the gradients of all ranks; DDP's own hook divides them by the number of ranks."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])

@@ -87,7 +87,7 @@ class Passes:
         names: list[str] = []
         sums, squares = [], dict[str, Tensor]()
         for number, part in enumerate(self.parts(batch, counts.parts)):
-            part = move(located(part, targets), self.engine.model, self.engine.device)
+            part = move(located(part, targets), self.engine.model, device=self.engine.device)
             with self.engine.part(is_last=number == counts.parts - 1):
                 losses = self.engine.losses(
                     part,
@@ -115,7 +115,7 @@ class Passes:
         tokens, length, labelled, images, most = zip(*map(astuple, self.engine.ranks.gather(own)), strict=True)
         return Counts(sum(tokens), max(length), sum(labelled), sum(images), max(most))
 
-    def parts(self, batch: TrainBatch, count: int, size: int | None = None) -> Iterator[TrainBatch]:
+    def parts(self, batch: TrainBatch, count: int, *, size: int | None = None) -> Iterator[TrainBatch]:
         """The batch in so many micro-batches; those beyond its end are blank.
 
         All ranks make as many passes, since gathering weights takes all of them.
@@ -131,7 +131,7 @@ class Passes:
         layers = tuple(range(len(self.engine.model.blocks) + 1))
         with self.engine.looking():
             for part in self.parts(batch, max(self.engine.ranks.gather(len(batch.tokens))), size=1):
-                part = move(part, self.engine.model, self.engine.device)
+                part = move(part, self.engine.model, device=self.engine.device)
                 found: dict[int, Tensor] = self.engine.model(
                     part.tokens[:, :-1], **part.inputs(), capture=layers
                 ).captured
@@ -164,6 +164,8 @@ class Ahead:
 
     def _made(self, position: int) -> TrainBatch:
         batch = self.batches.batch(position, rank=self.ranks.rank, num_ranks=self.ranks.size)
+        if not len(batch.tokens):  # the last batch of a shape may have fewer rows than there are ranks
+            batch = blank(self.batches.batch(position))
         return batch.changed(Tensor.pin_memory) if self.pool is not None else batch
 
 
@@ -189,11 +191,6 @@ def validation_loss(model: Painter, batches: Sequence[TrainBatch], *, ranks: Ran
     return total / number
 
 
-def merged(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
-    """What each of the mappings holds of every name, together."""
-    return {name: [part[name] for part in parts] for name in parts[0]}
-
-
 def select(batch: TrainBatch, rows: slice) -> TrainBatch:
     """The batch of some rows."""
     return batch.changed(lambda part: part[rows])
@@ -205,7 +202,7 @@ def blank(batch: TrainBatch) -> TrainBatch:
     return replace(row, labels=torch.full_like(row.labels, NOTHING), code_mask=torch.zeros_like(row.code_mask))
 
 
-def move(batch: TrainBatch, model: Painter, device: torch.device | None = None) -> TrainBatch:
+def move(batch: TrainBatch, model: Painter, *, device: torch.device | None = None) -> TrainBatch:
     """The batch on a device, the model's unless told; caption features in the model's type."""
     device = device or model.device
     moved = batch.changed(lambda part: part.to(device, non_blocking=True))

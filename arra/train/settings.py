@@ -230,10 +230,22 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _averages_differ(self) -> "TrainSettings":
-        if isinstance(self.ema_decay, tuple) and (not self.ema_decay or len({*self.ema_decay}) < len(self.ema_decay)):
+        if self.ema_decay == () or len({*self.ema_decays}) < len(self.ema_decays):
             raise ValueError(
-                f"ema_decay: expected decays that differ, found {list(self.ema_decay)}; null averages none"
+                f"ema_decay: expected decays that differ, found {list(self.ema_decays)}; null averages none"
             )
+        return self
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """The decays of all averages, the model's first; none where nothing is averaged."""
+        decays = self.ema_decay
+        return () if decays is None else decays if isinstance(decays, tuple) else (decays,)
+
+    @model_validator(mode="after")
+    def _trackers_differ(self) -> "TrainSettings":
+        if len({*self.trackers}) < len(self.trackers):
+            raise ValueError(f"trackers: expected each once, found {', '.join(self.trackers)}")
         return self
 
     def resolved(self, records: int | None) -> "TrainSettings":

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from arra.distributed import ALONE
 from arra.tokenizers.vq import Quantized, VQModel
-from arra.train.checkpoints import Checkpoints, optimizer_tensors, read_tensors, restore_optimizer
+from arra.train.checkpoints import Checkpoints, read_tensors
 from arra.train.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from arra.train.interrupt import TrainingInterrupted, interruptible
+from arra.train.optimizer_state import optimizer_tensors, restore_optimizer
 from arra.train.perceptual import PerceptualDistance
 from arra.train.pictures import Pictures
 from arra.train.settings import TokenizerTrainSettings
@@ -209,11 +210,11 @@ class TokenizerTrainer:
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
         for name, value in self.average.items():
             value.copy_(tensors[f"average.{name}"])
-        restore_optimizer(self.optimizer, self._names(), tensors)
+        restore_optimizer(self.optimizer, self._names(), tensors=tensors)
         if self.discriminator is not None:
             names = self.discriminator.state_dict()
             self.discriminator.load_state_dict({name: tensors[f"discriminator.{name}"] for name in names})
-            restore_optimizer(self.discriminator_optimizer, self._discriminator_names(), tensors)
+            restore_optimizer(self.discriminator_optimizer, self._discriminator_names(), tensors=tensors)
 
     def checkpoints(self, folder: Path) -> Checkpoints:
         """Where the newest step is kept."""

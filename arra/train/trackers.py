@@ -48,7 +48,7 @@ class Tracker(Protocol):
     def log(self, row: Mapping[str, Any]) -> None:
         """Nothing; the numbers of a row of the metrics are there, as in train/loss, at the row's step."""
 
-    def image(self, name: str, png_bytes: bytes, step: int) -> None:
+    def image(self, name: str, png_bytes: bytes, *, step: int) -> None:
         """Nothing; a picture is there."""
 
     def close(self) -> None:
@@ -127,8 +127,8 @@ class _Guarded:
     def log(self, row: Mapping[str, Any]) -> None:
         self._try(lambda: self.tracker.log(row))
 
-    def image(self, name: str, png_bytes: bytes, step: int) -> None:
-        self._try(lambda: self.tracker.image(name, png_bytes, step))
+    def image(self, name: str, png_bytes: bytes, *, step: int) -> None:
+        self._try(lambda: self.tracker.image(name, png_bytes, step=step))
 
     def close(self) -> None:
         self._try(self.tracker.close)
@@ -173,7 +173,7 @@ class _TensorBoard:
         for key, value in numbers(row).items():
             self._at(row["step"]).add_scalar(key, value, row["step"])
 
-    def image(self, name: str, png_bytes: bytes, step: int) -> None:
+    def image(self, name: str, png_bytes: bytes, *, step: int) -> None:
         pixels = np.asarray(_picture(png_bytes))
         self._at(step).add_image(name, pixels, step, dataformats="HWC")
 
@@ -213,7 +213,7 @@ class _WandB:
     def log(self, row: Mapping[str, Any]) -> None:
         self.run.log({**numbers(row), "step": row["step"]})
 
-    def image(self, name: str, png_bytes: bytes, step: int) -> None:
+    def image(self, name: str, png_bytes: bytes, *, step: int) -> None:
         self.run.log({name: self.library.Image(_picture(png_bytes)), "step": step})
 
     def close(self) -> None:
@@ -279,7 +279,7 @@ class _MLflow:
             self.id, metrics=[self.metric(key, value, now, row["step"]) for key, value in numbers(row).items()]
         )
 
-    def image(self, name: str, png_bytes: bytes, step: int) -> None:
+    def image(self, name: str, png_bytes: bytes, *, step: int) -> None:
         self.client.log_image(self.id, _picture(png_bytes), key=name, step=step)
 
     def close(self) -> None:
@@ -304,7 +304,7 @@ class _Trackio:
     def log(self, row: Mapping[str, Any]) -> None:
         self.run.log(dict(numbers(row)), step=row["step"])
 
-    def image(self, name: str, png_bytes: bytes, step: int) -> None:
+    def image(self, name: str, png_bytes: bytes, *, step: int) -> None:
         self.run.log({name: self.library.Image(_picture(png_bytes))}, step=step)
 
     def close(self) -> None:

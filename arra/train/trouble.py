@@ -8,10 +8,9 @@ so all ranks decide the same. What is found out about a step in trouble is `arra
 import json
 import math
 from collections import deque
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float64
@@ -24,7 +23,6 @@ from arra.train.settings import TroubleSettings
 
 Reason = Literal["nonfinite", "spike"]
 Action = Literal["stop", "skip", "rewind"]
-T = TypeVar("T")
 
 FEWEST_LOSSES = 8
 """Before so many steps nothing can be called a spike."""
@@ -107,7 +105,7 @@ class Skipped:
             ArraError: the file is damaged.
         """
         self.path, self._ranks = run / "skipped.json", ranks
-        self.survived: list[Survived] = by_first(ranks, lambda: _read(self.path))
+        self.survived: list[Survived] = ranks.by_first(lambda: _read(self.path))
 
     @property
     def positions(self) -> list[int]:
@@ -143,7 +141,7 @@ class Skipped:
         """
         told = [*self.survived, survived]
         content = json.dumps({"survived": [asdict(each) for each in told]}, indent=2) + "\n"
-        by_first(self._ranks, lambda: atomic_write(self.path, content))
+        self._ranks.by_first(lambda: atomic_write(self.path, content))
         self.survived = told
 
     def action(self, reason: Reason, settings: TroubleSettings) -> Action:
@@ -151,25 +149,6 @@ class Skipped:
         wanted = settings.nonfinite if reason == "nonfinite" else settings.spike
         assert wanted != "ignore"  # then there are no spikes
         return "stop" if len(self.survived) >= settings.most else wanted
-
-
-def by_first(ranks: Ranks, act: Callable[[], T]) -> T:
-    """What `act` gives on rank zero, which alone calls it, on every rank.
-
-    Raises:
-        ArraError: rank zero's, on every rank, so that none waits for it.
-    """
-    found: Any = None
-    problem: str | None = None
-    if ranks.is_first:
-        try:
-            found = act()
-        except ArraError as error:
-            problem = str(error)
-    found, problem = ranks.share((found, problem))
-    if problem is not None:
-        raise ArraError(problem)
-    return found
 
 
 def _read(path: Path) -> list[Survived]:

@@ -11,7 +11,6 @@ Legend: B rows of a rank, T sequence, D model.
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,15 +19,16 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from arra.distributed import Ranks
 from arra.errors import ArraError
 from arra.runs import atomic_write
+from arra.train.optimizer import BLOCK
+from arra.train.parallel import own_part
 from arra.train.settings import TroubleSettings
-from arra.train.trouble import Action, Reason, by_first
+from arra.train.trouble import Action, Reason
 
-BLOCK = re.compile(r"^(?:.+\.)?(?:layers|h|blocks)\.\d+(?=\.)")
-"""As in `arra.train.optimizer`: ours and most of `transformers`' networks, GPT-2 and its kin, MPT."""
 CHUNK = 1 << 22
 """Elements looked at together: a temporary of a whole embedding table may be what memory has no room for."""
 NAMED_RECORDS = 8
@@ -155,7 +155,7 @@ def record_trouble(
         atomic_write(path, json.dumps(_writable(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         return tuple(content["records_with_nonfinite_states"] or content["records"])
 
-    return TroubleRecord(path, began, by_first(ranks, write))
+    return TroubleRecord(path, began, ranks.by_first(write))
 
 
 def where_it_began(*, weights: Mapping[str, Sizes], gradients: Mapping[str, Sizes], layers: Mapping[int, Sizes]) -> str:
@@ -180,11 +180,14 @@ def where_it_began(*, weights: Mapping[str, Sizes], gradients: Mapping[str, Size
 def trouble_line(trouble: Trouble, record: TroubleRecord, *, run: Path) -> str:
     """What happened in a step, with which records, where it began and where it is written down; for a log or error."""
     loss, records = trouble.losses["loss"], record.records
+    odd = [name for name, each in trouble.losses.items() if name != "loss" and not math.isfinite(each)]
     if trouble.reason == "spike":
         mean = math.fsum(trouble.recent) / max(1, len(trouble.recent))
         what = f"loss rose to {loss:.4g} from {mean:.4g}"
     else:
         what = f"gradient norm is {trouble.grad_norm}" if math.isfinite(loss) else f"loss is {loss}"
+        if 0 < len(odd) < len(trouble.losses) - 1:  # where only features are damaged, the others are finite
+            what += f", of {' and '.join(odd)}"
     more = ", ..." if len(records) > NAMED_RECORDS else ""
     named = f", records {', '.join(records[:NAMED_RECORDS])}{more}" if records else ""
     return (
@@ -231,7 +234,7 @@ def sizes_of(value: Tensor) -> Sizes:
 
 def _over_ranks(values: Mapping[str, Tensor | None], ranks: Ranks) -> dict[str, Sizes]:
     """Sizes of each part of the model, over all ranks, in the order of the names."""
-    own = {name: (sizes_of(_local(value)), _num_shards(value)) for name, value in values.items() if value is not None}
+    own = {name: (sizes_of(own_part(value)), _num_shards(value)) for name, value in values.items() if value is not None}
     parts: dict[str, list[Sizes]] = {part_of(name): [] for name in values}
     everywhere = ranks.gather(own)
     for name, (_, shards) in own.items():
@@ -251,21 +254,14 @@ def part_of(name: str) -> str:
     """What a parameter belongs to: its block, its alignment term, or its module; `model.` is not told."""
     if name.startswith("align."):
         return ".".join(name.split(".")[:3])
-    name = name.removeprefix("model.")
-    block = BLOCK.match(name)
-    return block[0] if block else name.rpartition(".")[0] or name
-
-
-def _local(value: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return value.to_local() if isinstance(value, DTensor) else value
+    name = f".{name.removeprefix('model.')}"
+    block = BLOCK.search(name)
+    part = name[: block.end() - 1] if block else name.rpartition(".")[0]
+    return (part or name)[1:]
 
 
 def _num_shards(value: Tensor) -> int:
     """Among how many ranks a tensor is shared out; the others hold copies."""
-    from torch.distributed.tensor import DTensor
-
     if not isinstance(value, DTensor):
         return 1
     return math.prod(value.device_mesh.size(i) for i, each in enumerate(value.placements) if each.is_shard())

@@ -26,7 +26,7 @@ from arra.data.conditions import TextConditions
 from arra.errors import ArraError
 from arra.models import Decoder, DecoderSettings
 from arra.runs import Run
-from arra.train.alignment import build_alignment, count_parameters
+from arra.train.alignment import build_alignment, empty_projectors
 from arra.train.loop import Trainer
 from arra.train.objective import compute_losses, positions_of
 from arra.train.settings import AlignSettings, AlignTerm, TrainSettings
@@ -430,7 +430,10 @@ def test_terms_add_up_and_have_projectors_of_their_own() -> None:
     assert torch.equal(first, weight_of(again[MAIN]))
     assert not torch.equal(first, weight_of(terms["token"]))
     sizes = {"teacher": FEATURE, "fine": FEATURE}
-    assert count_parameters(settings, sizes, hidden_size=WIDTH) == sum(p.numel() for p in terms.parameters())
+    empty = empty_projectors(settings, sizes, hidden_size=WIDTH)
+    assert [[p.shape for p in one.parameters()] for one in empty] == [
+        [p.shape for p in term.parameters()] for _, term in terms.items()
+    ]
     left_out = compute_losses(model, batch, terms, weights={MAIN: 0.5, "patches": 0.0, "token": 2.0})
     assert set(left_out.aligned) == {MAIN, "token"}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 
@@ -18,9 +19,11 @@ from arra.data.store import Store
 from arra.errors import ArraError
 from arra.models import CausalLM
 from arra.models.extend import is_tied
+from arra.stages.description import describe_recipe
 from arra.stages.init import init_painter
 from arra.stages.language import read_texts
-from arra.stages.train import describe_recipe, train, training_data
+from arra.stages.train import train
+from arra.stages.training_data import training_data
 from tests.models.toy_lms import save_toy_lm
 
 TOKENIZER = "openmoji-vq4"
@@ -103,6 +106,24 @@ def test_a_run_is_an_ordinary_folder_that_paints(
     found = arra.generate(after, images, prompts=["red bar", "blue frame"], seeds=[0, 1], cfg_scale=2.0)
     assert found.images is not None
     assert found.images.shape == (2, 16, 16, 3)
+
+
+@pytest.mark.parametrize("part", ["all", "head"])
+def test_a_sharded_training_leaves_the_same_folder(
+    part: str, recipe: MakesRecipe, store: Store, tmp_path: Path
+) -> None:
+    """A head that is tied to its embeddings is one matrix in it."""
+    files = []
+    for kind in ("ddp", "fsdp"):
+        told = recipe(llm={"train": part}, parallel={"kind": kind})
+        run = train(told, store, tmp_path / kind, previews=False)
+        assert is_tied(opened(run.path).lm)
+        files.append(safetensors.torch.load_file(run.path / "model.safetensors"))
+    ours, theirs = files
+    assert ours.keys() == theirs.keys()
+    assert "lm_head.weight" not in ours
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_weight_nought_trains_the_baseline(recipe: MakesRecipe, store: Store, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from arra.data.batches import NOTHING, Batches, InMemory, TrainBatch, generator
 from arra.data.language import LayoutWriter, MixedBatches, PromptConditions, TextRows, joined, padded_batch
 from arra.data.layout import ImageLayout
+from arra.distributed import joined_ranks
 from arra.models import CausalLM
 from arra.runs import Run
 from arra.stages.language import LoraSettings, add_lora, train_head_rows
@@ -20,7 +21,7 @@ from arra.train.alignment import build_alignment
 from arra.train.loop import Trainer
 from arra.train.objective import compute_losses
 from arra.train.passes import select, validation_loss
-from arra.train.settings import AlignSettings, TrainSettings
+from arra.train.settings import AlignSettings, ParallelSettings, TrainSettings
 from tests.models.toy_lms import toy_lm
 
 TEXT, CODES, GRID, RECORDS, WIDTH = 40, 16, (2, 3), 12, 5
@@ -261,6 +262,28 @@ def test_a_resumed_training_ends_in_the_same_weights(part: str, tmp_path: Path) 
     trainable = {name for name, p in model().named_parameters() if p.requires_grad}
     assert moved
     assert {name for name in moved if name in dict(model().named_parameters())} <= trainable
+
+
+@pytest.mark.parametrize("part", ["all", "head"])
+@pytest.mark.parametrize("family", ["llama", "smollm"])
+def test_sharded_weights_are_trained_as_whole_ones(family: str, part: str, tmp_path: Path) -> None:
+    """Where all below the head is frozen, too, and no gradient comes out of the network."""
+    found = []
+    for kind in ("ddp", "fsdp"):
+        model = painter(family)
+        if part == "head":
+            train_head_rows(model.lm, sorted(layout().image_ids()))
+        with joined_ranks(torch.device("cpu"), even_alone=kind == "fsdp"):
+            told = ParallelSettings(kind=kind)
+            trainer = make_trainer(tmp_path / kind, ALIGN, model=model, text_rows=2, parallel=told, steps=3)
+            trainer.train()
+            whole = trainer.engine.whole_state()
+            if (family, part, kind) == ("smollm", "all", "fsdp"):  # tied: one matrix of two names
+                assert whole["lm.lm_head.weight"] is whole["lm.model.embed_tokens.weight"]
+            found.append({name: value.clone() for name, value in whole.items()})
+    ours, theirs = found
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_the_language_is_watched(tmp_path: Path) -> None:

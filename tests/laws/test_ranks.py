@@ -7,8 +7,7 @@ gradient by its size, so where one is nearly nothing a weight may move by a part
 import json
 import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +30,9 @@ CASES: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon", "ema_decay": [0.9, 0.5], "parallel": SHARDED},
     "contrast": {"align": {"loss": "nt-xent", "balance": 0.5}},
     "plain": {"align": None},
+    "trouble": {"damaged_at": 7, "trouble": {"nonfinite": "rewind", "skip_batches": 2}, "parallel": SHARDED},
 }
 """Options of toy trainings, each run on two ranks and on one."""
-
-
-def on_ranks(number: int, folder: Path, cases: dict[str, dict[str, Any]], *options: str) -> None:
-    """Nothing; torchrun has trained the cases on so many processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", *options]
-    script = str(Path(toy_training.__file__))
-    done = subprocess.run(
-        [*command, script, str(folder), json.dumps(cases)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def state_in(folder: Path) -> dict[str, Tensor]:
@@ -56,13 +46,14 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(toy_server: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two ranks, one of them stopped in its middle, one that went on where one process had stopped."""
     folder = tmp_path_factory.mktemp("two")
     alone = make_trainer(folder / "from-one")
     run_case(folder / "from-one", alone.ranks, signal_at=(6, signal.SIGTERM))
     stopped = {"parallel": SHARDED, "signal_at": [6, signal.SIGTERM]}
-    on_ranks(2, folder, {**CASES, "stopped": stopped, "from-one": {"parallel": SHARDED}})
+    cases = {**CASES, "stopped": stopped, "from-one": {"parallel": SHARDED}}
+    assert toy_server(folder=folder, cases=cases, ranks=2) == 0
     return folder
 
 
@@ -88,7 +79,9 @@ def test_no_rank_holds_all_weights(two: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["stopped", "from-one"])
-def test_another_number_of_ranks_goes_on_as_if_nothing_had_been(case: str, two: Path, tmp_path: Path) -> None:
+def test_another_number_of_ranks_goes_on_as_if_nothing_had_been(
+    case: str, two: Path, toy_server: Callable[..., int], tmp_path: Path
+) -> None:
     """From two to one and to three; from one to two."""
     whole = state_of(trained(tmp_path / "whole"))
     if case == "from-one":
@@ -105,12 +98,15 @@ def test_another_number_of_ranks_goes_on_as_if_nothing_had_been(case: str, two: 
             begun.train()
             assert_same(whole, state_of(begun))
         else:
-            on_ranks(number, folder, {"stopped": {"parallel": SHARDED}})
+            assert toy_server(folder=folder, cases={"stopped": {"parallel": SHARDED}}, ranks=number) == 0
             assert_same(whole, state_in(folder / "stopped"))
 
 
-def test_one_of_two_ranks_dies_and_torchrun_starts_again(two: Path, tmp_path: Path) -> None:
+def test_one_of_two_ranks_dies_and_torchrun_starts_again(
+    two: Path, toy_server: Callable[..., int], tmp_path: Path
+) -> None:
     """Every rank is ended and started again, and the end is the undisturbed run's, bit for bit."""
-    on_ranks(2, tmp_path, {"ddp": {"signal_at": [7, signal.SIGKILL]}}, "--max-restarts=1")
+    cases = {"ddp": {"signal_at": [7, signal.SIGKILL]}}
+    assert toy_server(folder=tmp_path, cases=cases, ranks=2, restarts=1) == 0
     assert (tmp_path / "ddp" / "signal-7").exists()
     assert different(state_in(two / "ddp"), state_in(tmp_path / "ddp")) == []

@@ -13,7 +13,8 @@ from arra.data.store import Store
 from arra.models import CausalLM, Decoder
 from arra.stages.init import init_painter
 from arra.stages.tokenizer import load_named
-from arra.stages.train import train, training_data
+from arra.stages.train import train
+from arra.stages.training_data import training_data
 from tests.models.toy_lms import save_toy_lm
 
 FEW: dict[str, Any] = {

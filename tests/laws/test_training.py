@@ -8,20 +8,22 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from arra.data.batches import text_batch
 from arra.errors import ArraError
 from arra.models import Decoder, Painter
 from arra.sample.generate import generate
-from arra.train.checkpoints import restore_optimizer
 from arra.train.interrupt import TrainingInterrupted, interruptible
+from arra.train.loop import Trainer
+from arra.train.optimizer_state import restore_optimizer
 from arra.train.passes import validation_loss
 from arra.train.schedule import learning_rate
 from arra.train.settings import AlignSettings, TrainSettings
@@ -43,6 +45,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "averaged": {"ema_decay": 0.9},
     "micro": {"micro_batch_size": 4, "z_weight": 1e-3, "schedule": "constant"},
 }
+
+
+Undisturbed = tuple[dict[str, Tensor], list[dict[str, Any]]]
+"""State at the end, and metrics, of a training that nothing happened to."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Undisturbed]:
+    """By the name of its options, made once."""
+
+    @cache
+    def of(kind: str) -> Undisturbed:
+        trainer = trained(tmp_path_factory.mktemp("undisturbed") / kind, **OPTIONS[kind])
+        return state_of(trainer), rows_of(trainer)
+
+    return of
+
+
+def assert_undisturbed(again: Trainer, expected: Undisturbed) -> None:
+    state, rows = expected
+    assert different(state, state_of(again)) == []
+    assert rows_of(again) == rows
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -157,11 +181,11 @@ def die_at(step: int) -> Callable[[Painter, int], None]:
     return preview
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_next_start_continues(kind: str, number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "number"), [("adamw", signal.SIGINT), *((kind, signal.SIGTERM) for kind in OPTIONS)])
+def test_a_signal_saves_and_the_next_start_continues(
+    kind: str, number: int, undisturbed: Callable[[str], Undisturbed], tmp_path: Path
+) -> None:
     options = OPTIONS[kind]
-    whole = trained(tmp_path / "whole", **options)
     for step in (1, 7):
         stopped = make_trainer(tmp_path / "stopped", preview=signal_at(step, number), **options)
         with pytest.raises(TrainingInterrupted, match=f"interrupted at step {step}, saved"):
@@ -171,15 +195,13 @@ def test_a_signal_saves_and_the_next_start_continues(kind: str, number: int, tmp
         assert saved.step == step
     again = trained(tmp_path / "stopped", **options)
     assert again.step == STEPS
-    assert different(state_of(whole), state_of(again)) == []
-    assert rows_of(whole) == rows_of(again)
+    assert_undisturbed(again, undisturbed(kind))
 
 
 @pytest.mark.parametrize("step", [1, 5, 8, 10, 12])
-def test_a_kill_loses_only_time(step: int, tmp_path: Path) -> None:
+def test_a_kill_loses_only_time(step: int, undisturbed: Callable[[str], Undisturbed], tmp_path: Path) -> None:
     """Before the first checkpoint, in the middle, while one is due, and at the very end."""
     options = OPTIONS["averaged"]
-    whole = trained(tmp_path / "whole", **options)
     killed = make_trainer(tmp_path / "killed", preview=die_at(step), **options)
     with pytest.raises(SystemExit):
         killed.train()
@@ -189,8 +211,7 @@ def test_a_kill_loses_only_time(step: int, tmp_path: Path) -> None:
     again.resume()
     assert again.step == (step - 1) // 5 * 5
     again.train()
-    assert different(state_of(whole), state_of(again)) == []
-    assert rows_of(whole) == rows_of(again)
+    assert_undisturbed(again, undisturbed("averaged"))
     assert again.seconds > 0
 
 
@@ -202,8 +223,16 @@ def test_a_finished_training_stays_as_it_is(tmp_path: Path) -> None:
     assert again.run.read_metrics() == rows
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    whole = trained(tmp_path / "whole")
+def test_the_best_so_far_is_known_after_a_new_start(tmp_path: Path) -> None:
+    """So that a worse step is not saved as a better one, and times go on."""
+    first = trained(tmp_path, keep_best=1, steps=10)
+    second = make_trainer(tmp_path, keep_best=1, steps=10)
+    second.resume()
+    assert second.best == min(row["ntp_loss"] for row in first.run.read_metrics() if row["kind"] == "validation")
+    assert second.seconds == first.seconds > 0
+
+
+def test_a_damaged_checkpoint_is_passed_over(undisturbed: Callable[[str], Undisturbed], tmp_path: Path) -> None:
     killed = make_trainer(tmp_path / "killed", preview=die_at(12))
     with pytest.raises(SystemExit):
         killed.train()
@@ -214,8 +243,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     again = make_trainer(tmp_path / "killed")
     with pytest.warns(UserWarning, match=r"step-0000010: damaged .*; using the checkpoint before it"):
         again.train()
-    assert different(state_of(whole), state_of(again)) == []
-    assert rows_of(whole) == rows_of(again)
+    assert_undisturbed(again, undisturbed("adamw"))
 
 
 def test_looking_changes_nothing(tmp_path: Path) -> None:
@@ -371,7 +399,7 @@ def test_the_optimisers_state_returns_to_the_device_of_its_weights() -> None:
     weight = nn.Parameter(torch.zeros(2, 3, device="meta"))
     optimizer = torch.optim.AdamW([weight])
     saved = {f"optimizer.w.{key}": torch.ones(2, 3) for key in ("exp_avg", "exp_avg_sq")}
-    restore_optimizer(optimizer, {weight: "w"}, saved | {"optimizer.w.step": torch.tensor(5.0)})
+    restore_optimizer(optimizer, {weight: "w"}, tensors=saved | {"optimizer.w.step": torch.tensor(5.0)})
     devices = {key: value.device.type for key, value in optimizer.state[weight].items()}
     assert devices == {"exp_avg": "meta", "exp_avg_sq": "meta", "step": "cpu"}
 

@@ -53,7 +53,8 @@ def test_a_run_on_its_way(run: Run) -> None:
     assert "name: demo" in html
     run.append_metrics(row(20))
     assert "Step 20 of 20" in live_page(run.path).read_text()  # not finished before its model is saved
-    (run.path / "model.json").write_text("{}")
+    for name in ("model.safetensors", "model.json"):
+        (run.path / name).write_text("{}")
     finished = live_page(run.path).read_text()
     assert "Finished: 20 steps" in finished
     assert REFRESH not in finished

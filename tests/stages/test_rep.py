@@ -8,10 +8,10 @@ import pytest
 from arra.config import Recipe, load_recipe
 from arra.errors import ArraError
 from arra.models.language_folder import read_language_card
+from arra.stages.description import describe_recipe
 from arra.stages.init import init_painter
 from arra.stages.language import language_card
 from arra.stages.model import build_model, decoder_settings
-from arra.stages.train import describe_recipe
 from tests.models.toy_lms import save_toy_lm
 
 KINDS = {"class": ("llamagen_c2i", "b", 1), "caption": ("llamagen_t2i", None, 120), "text": ("demo", None, 14)}

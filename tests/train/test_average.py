@@ -46,13 +46,14 @@ def test_closed_form_without_warm_up(decay: float) -> None:
 
 def test_warm_up_averages_over_fewer_steps_at_first() -> None:
     named = weights()
-    averages = Averages(named, [0.5], warmup=True)
+    averages = Averages(named, [0.9, 0.5], warmup=True)
     history = trained(averages, named, 12)
-    wanted = history[0]["a"].double()
-    for step in range(1, 13):
-        decay = min(0.5, (1 + step) / (10 + step))  # 2/11, 3/12, ...; a half from the 8th step on
-        wanted = decay * wanted + (1 - decay) * history[step]["a"].double()
-    torch.testing.assert_close(averages.tensors()["average.a"].double(), wanted, rtol=1e-5, atol=1e-6)
+    for most, key in ((0.9, "average.a"), (0.5, "average.0.5.a")):
+        wanted = history[0]["a"].double()
+        for step in range(1, 13):
+            decay = min(most, (1 + step) / (10 + step))  # 2/11, 3/12, ...; a half from the 8th step on
+            wanted = decay * wanted + (1 - decay) * history[step]["a"].double()
+        torch.testing.assert_close(averages.tensors()[key].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,11 +1,7 @@
-"""Checkpoints: what is saved comes back on any number of ranks; whatever happens while saving, earlier ones stay whole.
-
-Processes are forked, so that they need not import torch anew.
-"""
+"""Checkpoints: what is saved comes back on any number of ranks; whatever ends a save, earlier ones stay whole."""
 
 import errno
 import json
-import multiprocessing
 import os
 import pickle
 import resource
@@ -20,8 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # DTensor imports it when it is used first: here once, not in every process
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -36,15 +30,12 @@ from arra.train.checkpoints import (
     Checkpoints,
     SavedStep,
     kept_steps,
-    optimizer_space,
-    optimizer_tensors,
     read_tensors,
-    restore_optimizer,
     saved_step,
 )
+from arra.train.optimizer_state import optimizer_space, optimizer_tensors, restore_optimizer
 from arra.train.shards import file_numbers
-
-FORK = multiprocessing.get_context("fork")
+from tests.train.forked_ranks import in_child, on_ranks
 
 
 @pytest.fixture
@@ -95,15 +86,6 @@ def loaded(checkpoints: Checkpoints, saved: SavedStep, like: dict[str, Tensor]) 
 def steps(folder: Path) -> list[int]:
     """Of what has a name that counts; anything else there fails the test."""
     return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """The exit code of a process that does `work`."""
-    child = FORK.Process(target=work)
-    child.start()
-    child.join(30)
-    assert child.exitcode is not None
-    return child.exitcode
 
 
 @pytest.mark.parametrize("in_background", [True, False])
@@ -452,24 +434,6 @@ def test_a_bug_in_the_background_is_no_line_for_the_user(folder: Path, monkeypat
     assert steps(folder) == []
 
 
-def of_rank(rank: int, size: int, store: Path, work: Callable[[Ranks], object]) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    try:
-        work(Ranks(rank=rank, size=size, local_rank=rank, local_size=size, group=dist.new_group(backend="gloo")))
-    finally:
-        dist.destroy_process_group()
-
-
-def on_ranks(size: int, store: Path, work: Callable[[Ranks], object]) -> list[int | None]:
-    """The exit codes of processes that do `work` together."""
-    processes = [FORK.Process(target=of_rank, args=(rank, size, store, work)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    return [process.exitcode for process in processes]
-
-
 def full_tensors() -> dict[str, Tensor]:
     """As one process sees them: sharded ones of sizes that do not divide, some smaller than the number of ranks."""
     generator = torch.Generator().manual_seed(3)
@@ -534,7 +498,7 @@ def test_resuming_on_one_two_or_three_ranks(folder: Path) -> None:
                 name: torch.empty_like(newest.tensors[name], device="cpu") for name in newest.tensors.keys() - space
             }
             checkpoints.load(newest, space | others)
-            restore_optimizer(optimizer, names, space)
+            restore_optimizer(optimizer, names, tensors=space)
             for parameter in names:
                 state = optimizer.state[parameter]
                 assert state["exp_avg"].placements == parameter.placements if isinstance(parameter, DTensor) else True
@@ -593,6 +557,6 @@ def test_states_return_to_the_device_of_their_weights() -> None:
     optimizer = torch.optim.AdamW([weight, scale])
     saved = {f"optimizer.w.{key}": torch.ones(2, 3) for key in ("exp_avg", "exp_avg_sq")}
     saved |= {f"optimizer.w.s.{key}": torch.tensor(1.0) for key in ("exp_avg", "step")}
-    restore_optimizer(optimizer, {weight: "w", scale: "w.s"}, saved | {"optimizer.w.step": torch.tensor(5.0)})
+    restore_optimizer(optimizer, {weight: "w", scale: "w.s"}, tensors=saved | {"optimizer.w.step": torch.tensor(5.0)})
     devices = [{key: value.device.type for key, value in optimizer.state[each].items()} for each in (weight, scale)]
     assert devices == [{"exp_avg": "meta", "exp_avg_sq": "meta", "step": "cpu"}, {"exp_avg": "meta", "step": "cpu"}]

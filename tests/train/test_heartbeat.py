@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +14,7 @@ import pytest
 
 from arra.distributed import Ranks
 from arra.train.heartbeat import EXIT_CODE, LONG, WATCHERS, Beat, Doing, Heartbeat, verdict
+from tests.train.forked_ranks import started_ranks
 
 BEAT = Beat(rank=0, job="j", host="h", process=4711, turn=0, step=57, doing="forward", count=9, allowed=900.0, time=0.0)
 
@@ -132,9 +130,9 @@ def test_a_rank_notes_where_it_is_and_leaves_nothing_behind(tmp_path: Path):
         heart.beat(7, "save")
         wait_for(lambda: noted(tmp_path)["count"] == 4)
         assert noted(tmp_path)["allowed"] == LONG
-        heart.beat(5, "data", allowed=7.0)  # back to a checkpoint
+        heart.beat(5, "data")  # back to a checkpoint
         wait_for(lambda: noted(tmp_path)["count"] == 5)
-        assert (noted(tmp_path)["turn"], noted(tmp_path)["allowed"]) == (1, 7.0)
+        assert (noted(tmp_path)["turn"], noted(tmp_path)["allowed"]) == (1, LONG)
         heart.beat(5, "forward")
         heart.beat(5, "forward")  # as often as a rank likes
         heart.beat(5, "data")  # the batch was left out
@@ -161,10 +159,11 @@ def test_a_process_alone_is_told_once_and_goes_on(tmp_path: Path, capfd: pytest.
         return told.count("\n") == times
 
     with Heartbeat(tmp_path, Ranks(), hang_seconds=0.2) as heart:
-        heart.beat(3, "data", allowed=0.1)
+        heart.beat(2, "data")
+        heart.beat(3, "data")
         wait_for(lambda: grew(1))
         time.sleep(0.3)
-        heart.beat(3, "forward", allowed=0.1)
+        heart.beat(3, "forward")
         wait_for(lambda: grew(2))
     first, second = told.splitlines()
     assert first.startswith(f"{tmp_path}: rank 0 (host ")
@@ -209,7 +208,7 @@ def test_only_beats_of_this_start_are_getting_on(
 
     with Heartbeat(tmp_path, Two(size=2), hang_seconds=0.5) as heart:
         heart.beat(1, "data")
-        heart.beat(2, "data", allowed=0.5)
+        heart.beat(2, "data")
         for count in range(8):  # this rank waits for a slow one
             other(1, count)
             time.sleep(0.1)
@@ -233,48 +232,30 @@ def test_a_disk_that_cannot_be_written_does_not_end_the_training(tmp_path: Path)
         time.sleep(0.1)
 
 
-SCRIPT = """
-import sys, time
-from pathlib import Path
-import torch
-from arra.distributed import joined_ranks
-from arra.train.heartbeat import Heartbeat
+def test_a_stopped_rank_is_named_and_the_other_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
 
-run = Path(sys.argv[1])
-with joined_ranks(torch.device("cpu")) as ranks, Heartbeat(run, ranks, hang_seconds=3.0) as heart:
-    for step in range(100_000):
-        heart.beat(step, "data")
-        time.sleep(0.02)
-        heart.beat(step, "forward")
-        ranks.sum([1.0])
-"""
+    def work(ranks: Ranks) -> None:
+        with Heartbeat(run, ranks, hang_seconds=2.0) as heart:
+            for step in range(100_000):
+                heart.beat(step, "data")
+                time.sleep(0.02)
+                heart.beat(step, "forward")
+                ranks.sum([1.0])
 
-
-def test_a_stopped_rank_is_named_and_the_other_ends(tmp_path: Path):
-    script, run = tmp_path / "script.py", tmp_path / "run"
-    script.write_text(SCRIPT)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    told = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    processes = []
-    for rank in range(2):
-        own = os.environ | {name: str(value) for name, value in {**told, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        command = [sys.executable, str(script), str(run)]
-        processes.append(subprocess.Popen(command, env=own, stderr=subprocess.PIPE, text=True))
+    first, second = started_ranks(2, tmp_path / "store", work)
+    assert first.pid is not None
     try:
         wait_for(lambda: (run / ".ranks" / "rank-00000.json").exists() and noted(run)["step"] > 2)
-        os.kill(processes[0].pid, signal.SIGSTOP)  # rank zero, so that it is not the only one who can tell
-        _, error = processes[1].communicate(timeout=60)
+        os.kill(first.pid, signal.SIGSTOP)  # rank zero, so that it is not the only one who can tell
+        second.join(60)
     finally:
-        for process in processes:
+        for process in (first, second):
             process.kill()
-            process.wait()
-        assert processes[0].stderr is not None
-        processes[0].stderr.close()
-    assert processes[1].returncode == EXIT_CODE
-    [line] = [each for each in error.splitlines() if "does not get on" in each]
+            process.join()
+    assert second.exitcode == EXIT_CODE
+    [line] = [each for each in capfd.readouterr().err.splitlines() if "does not get on" in each]
     assert line.startswith(f"{run}: rank 0 (host ")
-    assert f"process {processes[0].pid}) does not get on: at step " in line
+    assert f"process {first.pid}) does not get on: at step " in line
     assert "the other ranks wait in 'forward' of step " in line or "no rank gets on" in line
-    assert line.endswith("; the job ends here (train.trouble.hang_seconds: 3)")
+    assert line.endswith("; the job ends here (train.trouble.hang_seconds: 2)")

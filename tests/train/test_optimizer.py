@@ -4,15 +4,13 @@ And the whole update on two ranks, of shards, against one process.
 """
 
 import math
-import multiprocessing
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,20 +18,21 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import arra.train.optimizer
+from arra.distributed import Ranks
 from arra.errors import ArraError
 from arra.models.adapters import LoraSettings, add_lora
 from arra.models.chameleon_network import SharedHeadNorm
 from arra.train.average import Averages
-from arra.train.checkpoints import optimizer_tensors, restore_optimizer
 from arra.train.optimizer import (
     Muon,
-    clip_gradients,
     gradient_norm,
     make_optimizers,
     orthogonalized,
     scale_gradients,
 )
+from arra.train.optimizer_state import optimizer_tensors, restore_optimizer
 from arra.train.settings import TrainSettings
+from tests.train.forked_ranks import on_ranks
 
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 SHAPES = [(24, 8), (8, 8), (8, 24), (24, 8)]
@@ -221,7 +220,9 @@ def with_gradients(*values: list[float]) -> list[nn.Parameter]:
 
 def test_gradients_are_scaled_down_together_and_never_up() -> None:
     named = with_gradients([3.0, 0.0], [4.0])
-    assert clip_gradients(named, 1.0) == 5.0
+    norm = gradient_norm(named)
+    assert norm == 5.0
+    scale_gradients(named, norm, most=1.0)
     assert gradient_norm(named) == pytest.approx(1.0, abs=1e-6)
     torch.testing.assert_close(named[0].grad, torch.tensor([0.6, 0.0]))
     assert gradient_norm([nn.Parameter(torch.ones(2))]) == 0
@@ -285,7 +286,7 @@ def test_an_optimiser_goes_on_from_its_saved_state(optimizer: str) -> None:
         for name, p in second.items():
             p.copy_(first[name])
     for each in after:
-        restore_optimizer(each, {p: n for n, p in second.items()}, saved)
+        restore_optimizer(each, {p: n for n, p in second.items()}, tensors=saved)
     for a, b in zip(steps(second, after, range(3, 5)), wanted, strict=True):
         assert torch.equal(a, b)
 
@@ -318,9 +319,6 @@ def test_the_papers_step_moves_a_float32_weight(optimizer: str) -> None:
         moved[torch.float32], torch.full((64, 96), 2e-5, dtype=torch.float64), rtol=1e-2, atol=0.0
     )
     assert not moved[torch.bfloat16].any()
-
-
-FORK = multiprocessing.get_context("fork")
 
 
 class Toy(nn.Module):
@@ -360,7 +358,8 @@ def updated(*, sharded: bool, **changes: Any) -> dict[str, Tensor]:
         assert not isinstance(norm, DTensor)
         found[f"norm {step}"] = norm
         scale_gradients(list(weights.values()), norm, most=1.0)
-        found[f"projector's norm {step}"] = clip_gradients(list(others.values()), 1.0)
+        found[f"projector's norm {step}"] = norm = gradient_norm(list(others.values()))
+        scale_gradients(list(others.values()), norm, most=1.0)
         for optimizer in optimizers:
             optimizer.step()
         averages.update(step + 1)
@@ -376,28 +375,11 @@ def whole(value: Tensor) -> Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
 
 
-def on_two_ranks(store: Path, work: Callable[[], None]) -> list[int | None]:
-    """The exit codes of two processes that do the work together."""
-
-    def of_rank(rank: int) -> None:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
-        work()
-        dist.destroy_process_group()
-
-    processes = [FORK.Process(target=of_rank, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    return [process.exitcode for process in processes]
-
-
 def test_an_update_of_shards_is_the_update_of_the_whole(tmp_path: Path) -> None:
     """Groups, clipping, fused AdamW, Muon and averages on two ranks, one of which has nothing of some tensors."""
     choices: list[dict[str, Any]] = [{"decay_embeddings": False}, {"optimizer": "muon"}]
 
-    def work() -> None:
+    def work(ranks: Ranks) -> None:
         for changes in choices:
             found, wanted = updated(sharded=True, **changes), updated(sharded=False, **changes)
             assert found.keys() == wanted.keys()
@@ -407,4 +389,4 @@ def test_an_update_of_shards_is_the_update_of_the_whole(tmp_path: Path) -> None:
         with pytest.raises(ArraError, match=r"^train\.optimizer: adamw8bit does not train sharded weights; use adamw"):
             make_optimizers(shards, TrainSettings(steps=1, optimizer="adamw8bit"))
 
-    assert on_two_ranks(tmp_path / "store", work) == [0, 0]
+    assert on_ranks(2, tmp_path / "store", work) == [0, 0]

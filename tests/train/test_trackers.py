@@ -55,7 +55,7 @@ def test_tensorboard_holds_rows_and_pictures_and_forgets_what_a_resumed_training
         (tracker,) = opened(tmp_path, "tensorboard")
         for step in range(first, last + 1):
             tracker.log(row(step, loss=height + step))
-        tracker.image("previews", picture, last)
+        tracker.image("previews", picture, step=last)
         tracker.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -205,7 +205,7 @@ def test_wandb_writes_to_the_disk_and_goes_on_under_its_id(tmp_path: Path, wandb
     for step in (1, 2):
         (tracker,) = opened(tmp_path, "wandb")
         tracker.log(row(step))
-        tracker.image("previews", picture, step)
+        tracker.image("previews", picture, step=step)
         tracker.close()
     first, second = wandb.made
     assert first == second
@@ -231,7 +231,7 @@ def test_trackio_runs_of_two_folders_are_two(tmp_path: Path, trackio: Calls, pic
         (tmp_path / folder).mkdir(exist_ok=True)
         (tracker,) = opened(tmp_path / folder, "trackio")
         tracker.log(row(2))
-        tracker.image("previews", picture, 2)
+        tracker.image("previews", picture, step=2)
         tracker.close()
     names = [made["name"] for made in trackio.made]
     assert names[0] == names[2] != names[1]
@@ -247,7 +247,7 @@ def test_mlflow_writes_into_the_run_unless_told_a_server(
     for _ in range(2):
         (tracker,) = opened(tmp_path, "mlflow")
         tracker.log(row(2))
-    tracker.image("previews", picture, 2)
+    tracker.image("previews", picture, step=2)
     tracker.close()
     uri = f"sqlite:///{tmp_path}/mlruns/mlflow.db"
     place = (tmp_path / "mlruns" / "artifacts").as_uri()

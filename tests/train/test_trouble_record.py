@@ -2,18 +2,15 @@
 
 import json
 import math
-import os
-import runpy
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from arra.distributed import Ranks
 from arra.errors import ArraError
@@ -31,6 +28,7 @@ from arra.train.trouble_record import (
     trouble_line,
     where_it_began,
 )
+from tests.train.forked_ranks import on_ranks
 
 ALONE = Ranks()
 NAN_LOSS = Trouble(
@@ -205,6 +203,8 @@ def test_the_line_that_stops():
     assert "step 123: loss rose to 12 from 1.5 (batch" in line
     assert line.endswith("; there is no checkpoint yet; lower train.learning_rate, or set train.trouble.spike: rewind")
     assert "step 123: gradient norm is -inf (batch" in told(Trouble(**{**vars(NAN_LOSS), "losses": {"loss": 1.0}}))
+    losses = {"loss": math.nan, "ntp_loss": 2.0, "gva_loss.main": math.nan}
+    assert "step 123: loss is nan, of gva_loss.main (batch" in told(Trouble(**{**vars(NAN_LOSS), "losses": losses}))
     worn = told(NAN_LOSS, settings=TroubleSettings(nonfinite="skip", most=3), survived=3)
     assert "training went on after trouble 3 times, as often as train.trouble.most allows; lower train.le" in worn
 
@@ -222,81 +222,56 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path: Path):
         record_trouble(NAN_LOSS, tmp_path, ranks=ALONE, parameters=parameters())
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-from arra.distributed import joined_ranks
-from arra.errors import ArraError
-from arra.train.trouble_record import Trouble, record_trouble
-
-run = Path(sys.argv[1])
-trouble = Trouble(3, 3, "nonfinite", "skip", {"loss": 1.0}, 1.0, 0.1, [])
-with joined_ranks(torch.device("cpu")) as ranks:
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 3), nn.Linear(3, 1)])})
+def record_on(ranks: Ranks, run: Path, gradients: Mapping[str, Tensor]) -> None:
+    """Writes trouble of a batch of four records, the last one of which the model cannot bear, and what it found."""
+    model, (first, _), inputs = troubled()
+    if ranks.size > 1:
+        fully_shard(first)  # 3 rows on 2 ranks; the other block is whole
+    parameters = {f"model.{name}": each for name, each in model.named_parameters()}
+    for name, each in parameters.items():
+        gradient = gradients[name]
+        each.grad = (
+            distribute_tensor(gradient, each.device_mesh, each.placements) if isinstance(each, DTensor) else gradient
+        )
     rows = torch.arange(4).tensor_split(ranks.size)[ranks.rank]
-    inputs = torch.randn(4, 4)
-    inputs[3, 0] = 1e30
-    if ranks.size > 1:
-        fully_shard(model["layers"][0]).set_gradient_divide_factor(1.0)  # 3 rows on 2 ranks; the other block is whole
-        model["layers"][0].set_force_sum_reduction_for_comms(True)
-    hidden = model["layers"][0](inputs[rows])
-    model["layers"][1](hidden).sum().backward()
-    if ranks.size > 1:
-        for each in model["layers"][1].parameters():
-            torch.distributed.all_reduce(each.grad)
-    state = hidden.detach()[:, None] * 1e10
+    with torch.no_grad():
+        hidden = first(inputs[rows])
     found = record_trouble(
-        trouble,
+        Trouble(3, 3, "nonfinite", "skip", {"loss": 1.0}, 1.0, 0.1, []),
         run,
         ranks=ranks,
-        parameters={f"model.{name}": each for name, each in model.named_parameters()},
+        parameters=parameters,
         rows=rows,
         ids=lambda numbers: [f"r{number}" for number in numbers],
-        states=[{1: state}],
+        states=[{1: hidden[:, None] * 1e10}],
     )
-    print(found.path.name, found.began, found.records)
-    try:
-        record_trouble(trouble, run / "trouble" / "step-0000003.json", ranks=ranks, parameters={})
-    except ArraError as error:
-        print("expected a folder" in str(error) or "part of this path" in str(error))
-"""
+    assert found.path == run / "trouble" / "step-0000003.json"
+    assert found.began == "first non-finite states after block 1"
+    assert found.records == ("r3",)
+    with pytest.raises(ArraError, match=r"expected a folder|part of this path"):  # on all ranks
+        record_trouble(NAN_LOSS, found.path, ranks=ranks, parameters={})
 
 
-def outputs(script: Path, run: Path, size: int) -> list[str]:
-    """What each of so many processes printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    told = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    processes = []
-    for rank in range(size):
-        own = os.environ | {name: str(value) for name, value in {**told, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        command = [sys.executable, str(script), str(run)]
-        processes.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True))
-    printed = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * size
-    return printed
+def troubled() -> tuple[nn.Module, tuple[nn.Linear, nn.Linear], Tensor]:
+    """A model, its two blocks, and inputs of which one is far too large."""
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 4)
+    inputs[3, 0] = 1e30
+    blocks = nn.Linear(4, 3), nn.Linear(3, 1)
+    return nn.ModuleDict({"layers": nn.ModuleList(blocks)}), blocks, inputs
 
 
 def flat(content: Any) -> Tensor:
     return torch.tensor([value for part in content["parts"] + content["states"] for value in list(part.values())[1:]])
 
 
-def test_two_ranks_write_what_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+def test_two_ranks_write_what_one_does(tmp_path: Path):
     one, two = tmp_path / "one", tmp_path / "two"
-    monkeypatch.setattr(sys, "argv", [str(script), str(one)])
-    runpy.run_path(str(script))
-    alone, together = capsys.readouterr().out, outputs(script, two, 2)
-    assert together == [alone] * 2  # the same on all ranks, also that the file cannot be written
-    assert alone.splitlines() == ["step-0000003.json first non-finite states after block 1 ('r3',)", "True"]
+    model, (first, second), inputs = troubled()
+    second(first(inputs)).sum().backward()
+    gradients = {f"model.{name}": each.grad for name, each in model.named_parameters() if each.grad is not None}
+    record_on(ALONE, one, gradients)
+    assert on_ranks(2, tmp_path / "store", lambda ranks: record_on(ranks, two, gradients)) == [0, 0]
     contents = [json.loads((run / "trouble" / "step-0000003.json").read_text()) for run in (one, two)]
     assert contents[0]["records"] == contents[1]["records"] == ["r0", "r1", "r2", "r3"]
     torch.testing.assert_close(flat(contents[0]), flat(contents[1]), rtol=1e-5, atol=0)

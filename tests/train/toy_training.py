@@ -4,18 +4,21 @@ Run as a script, under torchrun, it trains named cases one after another: toy_tr
 """
 
 import json
+import math
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from arra.data.batches import Batches, InMemory, TrainBatch, text_batch
 from arra.data.conditions import TextConditions
@@ -94,6 +97,7 @@ def make_trainer(
     features: Tensor | None = None,
     ranks: Ranks = ALONE,
     empty: bool = False,
+    damaged_at: int | None = None,
     **changes: Any,
 ) -> Trainer:
     """A training in a folder; `empty` leaves the model to be filled by rank zero."""
@@ -104,9 +108,12 @@ def make_trainer(
     pictures = held(batches)
     assert pictures.features is not None
     held_out = text_batch([[2], [3, 4], []], pictures.codes[:3], prefix_length=5)
-    alignment = None if align is None else build_alignment(align, pictures.features, hidden_size=32, seed=1)
+    alignment = None
+    if align is not None:  # rank zero's counts: where others begin, and what they would align with, is of no account
+        own = {name: each.roll(ranks.rank, 1) for name, each in pictures.features.items()}
+        alignment = build_alignment(align, own, hidden_size=32, seed=1 + ranks.rank)
     model = make_model(dropout)
-    return Trainer(
+    trainer = Trainer(
         model=model.to("meta") if empty else model,
         alignment=alignment,
         batches=batches,
@@ -117,6 +124,9 @@ def make_trainer(
         ranks=ranks,
         device=torch.device("cpu"),
     )
+    if damaged_at is not None:
+        trainer.ahead.batches = Damaged(batches, damaged_at)
+    return trainer
 
 
 def trained(path: Path, **options: Any) -> Trainer:
@@ -144,6 +154,22 @@ def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 def rows_of(trainer: Trainer, *without: str) -> list[dict[str, Any]]:
     dropped = {*TIMES, *without}
     return [{key: value for key, value in row.items() if key not in dropped} for row in trainer.run.read_metrics()]
+
+
+class Damaged:
+    """Batches at one of which the features of one record are no numbers."""
+
+    def __init__(self, batches: Steps, position: int) -> None:
+        self.batches, self.position = batches, position
+
+    def batch(self, step: int, *, rank: int = 0, num_ranks: int = 1) -> TrainBatch:
+        batch = self.batches.batch(step, rank=rank, num_ranks=num_ranks)
+        if step != self.position or batch.features is None or batch.rows is None:
+            return batch
+        whole = self.batches.batch(step).rows
+        assert whole is not None
+        hit = batch.rows[:, None] == whole[-1]  # of the last rank
+        return replace(batch, features={name: each.where(~hit, math.nan) for name, each in batch.features.items()})
 
 
 class Disturbed:
@@ -191,31 +217,47 @@ TOLD = 3
 
 
 def serve() -> None:
-    """Trains what each line of the input asks for, in a forked process, and prints its exit code; negative: a signal.
+    """Does what each line of the input asks for, in a forked process, and prints its exit code; negative: a signal.
 
-    So many trainings can be killed without importing everything each time. A line is [FOLDER, options], where
-    `killed_at` is a position and `fault` what `disturb_system` takes.
+    So many trainings can be run and killed without importing everything each time, for a process that should not be
+    forked itself: autograd may have threads there. A line holds the arguments of `train_on_ranks` or `train_disturbed`.
     """
     torch.set_num_threads(1)
     peak_flops(torch.device("cpu"), torch.float32)  # measured once for all
     for line in sys.stdin:
+        asked = json.loads(line)
         process = os.fork()
         if process == 0:
             code = 1
             try:
-                code = train_disturbed(*json.loads(line))
+                code = (train_on_ranks if "ranks" in asked else train_disturbed)(**asked)
             finally:
-                traceback.print_exc()
+                if sys.exception() is not None:
+                    traceback.print_exc()
+                sys.stderr.flush()
                 os._exit(code)
         print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 
 
+def train_on_ranks(folder: str, cases: dict[str, dict[str, Any]], ranks: int, restarts: int = 0) -> int:
+    """Trains the cases on so many processes, as `torchrun --standalone` starts them, but forked."""
+    started = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        max_restarts=restarts,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="fork",
+    )
+    elastic_launch(started, main)(Path(folder), cases)
+    return 0
+
+
 def train_disturbed(
-    folder: str,
-    options: dict[str, Any],
-    killed_at: int | None = None,
-    fault: dict[str, Any] | None = None,
+    folder: str, options: dict[str, Any], killed_at: int | None = None, fault: dict[str, Any] | None = None
 ) -> int:
+    """Trains; `killed_at` is a position, `fault` what `disturb_system` takes."""
     trainer = make_trainer(Path(folder), **options)
     if killed_at is not None:
         disturbed(trainer, killed_at, signal.SIGKILL)

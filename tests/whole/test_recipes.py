@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import typer.main
+import yaml
 
 from arra.cli import app
 from arra.config import Recipe, load_recipe, parse_recipe, recipes_folder, row_names
+from arra.stages.description import describe_recipe
 from arra.stages.model import decoder_settings, tokenizer_network
-from arra.stages.train import describe_recipe
+from arra.train.settings import TrainSettings
 from tests.models.original import GPT_TABLE
 
 ROOT = Path(__file__).parent.parent.parent
@@ -19,7 +21,15 @@ BUILT_IN = [path.stem for path in sorted(recipes_folder().glob("*.yaml"))]
 ROWS = [(path.stem, row) for path in sorted(recipes_folder().glob("*.yaml")) for row in (None, *row_names(path))]
 DOCUMENTS = [
     path
-    for pattern in ("*.md", "docs/*.md", "examples/*.py", "benchmarks/*.md", "arra/**/*.py", "recipes/*.yaml")
+    for pattern in (
+        "*.md",
+        "docs/*.md",
+        "examples/*.py",
+        "examples/*.sh",
+        "benchmarks/*.md",
+        "arra/**/*.py",
+        "recipes/*.yaml",
+    )
     for path in sorted(ROOT.glob(pattern))
 ]
 
@@ -45,12 +55,14 @@ def commands_in(text: str) -> Iterator[str]:
     fenced = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     for block in fenced:
         for line in block.replace("\\\n", " ").splitlines():
-            command = re.match(r"\$? ?(?:[\w./]*/)?arra (.*)", line.strip())
+            command = re.match(r"\$? ?(?:[\w./]*/)?(?:torchrun .* -m )?arra (.*)", line.strip())
             if command:
                 yield command[1]
             if "ARGS=" in line and line.startswith("make demo"):
                 yield "demo " + line.split('ARGS="')[1].split('"')[0]
     yield from re.findall(r"^ +Example: arra (.*)$", text, re.MULTILINE)
+    for arguments in re.findall(r"^#   sbatch examples/slurm_train\.sh (.*)$", text, re.MULTILINE):
+        yield f"train {arguments}"
     yield from re.findall(r"(?<!`)`(?:[\w./]*/)?arra ([a-z][^`\n]*)`", text)
 
 
@@ -80,5 +92,22 @@ def test_documented_commands_are_found():
     found = {command.split()[0] for _, command in DOCUMENTED}
     assert found == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     names = ["alignment", "alignment_lab", "data", "encoders", "guide", "language_models", "llamagen", "probe"]
-    names += ["tokenizers", "weights"]
-    assert {*(f"docs/{name}.md" for name in names), "README.md"} <= {document for document, _ in DOCUMENTED}
+    names += ["tokenizers", "training", "weights"]
+    wanted = {*(f"docs/{name}.md" for name in names), "README.md", "examples/slurm_train.sh"}
+    assert wanted <= {document for document, _ in DOCUMENTED}
+    training = [command for document, command in DOCUMENTED if document == "docs/training.md"]
+    assert any(command.startswith("train llamagen_c2i --row 3b") for command in training)  # under torchrun, two lines
+
+
+def test_settings_in_the_page_on_training_are_settings() -> None:
+    """Keys in its tables and its YAML, with the values given there."""
+    text = (ROOT / "docs" / "training.md").read_text()
+    trouble = yaml.safe_load(re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[0])["train"]
+    TrainSettings(steps=1, **trouble)
+    rows = 0
+    for header, table in re.findall(r"^\| (.*?) \|.*\n\|---.*\n((?:\|.*\n)+)", text, re.MULTILINE):
+        for key, value in re.findall(r"^\| `(\w+): (\w+)`", table, re.MULTILINE):
+            given = {key: yaml.safe_load("4" if value == "N" else value)}
+            TrainSettings(**{"steps": 1, **({"parallel": given} if header == "`train.parallel`" else given)})
+            rows += 1
+    assert rows > 10

@@ -1,0 +1,175 @@
+"""The model of a plan: what a recipe trains, without weights or data.
+
+No store is read; where the recipe's language model is not there yet, published sizes stand in for it.
+Letters: B rows of a micro-batch, S positions of a row.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arra.config import Recipe
+from arra.data.layout import ImageLayout
+from arra.errors import ArraError
+from arra.models import CausalLM, Painter
+from arra.models.chameleon import CHAMELEON_SIZES, build_chameleon, chameleon_settings
+from arra.models.language_folder import CARD_FILE
+from arra.stages.language import DTYPES, first_language_model, language_card, language_section, prepare_language_model
+from arra.stages.makers import feature_sizes
+from arra.stages.model import build_model, decoder_settings, square, tokenizer_network
+from arra.train.activations import PassBytes, pass_bytes
+from arra.train.alignment import empty_projectors
+from arra.train.memory import Parts, Sequences, parts_of
+from arra.train.settings import TrainSettings
+
+PROMPT_TOKENS = 128
+"""Of a language model's prompt, where nobody looked at the data: a chest X-ray's findings."""
+FEATURE_SIZE = 1024
+"""Of a teacher whose features nobody has seen."""
+CHAMELEON_LAYOUT = {
+    "family": "lumina", "bos": 0, "separator": 8710, "begin_image": 8197, "end_image": 8196, "new_line": 8803,
+    "first_size": 8804, "size_step": 2, "num_sizes": 64, "closing": (8710,), "rep_id": 8799, "first_code": 4,
+    "num_codes": 8192, "max_positions": 4096,
+}  # fmt: skip
+"""Lumina-mGPT's layout, with which ARRA trains; ids of codes are in another order, which takes no memory."""
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """What is trained, on the meta device."""
+
+    name: str
+    model: Painter
+    inputs: Callable[[int], Mapping[str, Tensor]]
+    """What it is called with for so many rows, on the meta device."""
+    parts: Parts
+    sequences: Sequences
+    projectors: tuple[Any, ...]
+    four_bit: bool
+    length: int
+    """Positions S of a row."""
+    notes: tuple[str, ...]
+    """What was assumed."""
+    made: dict[tuple[object, ...], PassBytes] = field(default_factory=dict)
+    """Passes by what they follow from: they take seconds, and many plans have the same."""
+
+    def passes(self, settings: TrainSettings, *, rows: int, sharded: bool) -> PassBytes:
+        """What the passes over so many rows take."""
+        narrow = settings.precision == "bfloat16"
+        key = rows, settings.precision, settings.recompute, settings.compile, sharded and narrow
+        if key not in self.made:
+            self.made[key] = pass_bytes(self.model, settings, inputs=self.inputs(rows), sharded=sharded)
+        return self.made[key]
+
+
+def planned_model(recipe: Recipe, stand_in: str | None = None) -> PlannedModel:
+    """The recipe's model and its sequences, without weights or data.
+
+    Raises:
+        ArraError: the recipe fits no model, or its language model is not there and nothing stands in.
+    """
+    if recipe.model.llm is None:
+        if stand_in is not None:
+            raise ArraError(f"--model {stand_in}: stands in for a language model, and the recipe trains a decoder")
+        name, model, inputs, sequences, length, notes = _planned_decoder(recipe)
+    else:
+        name, model, inputs, sequences, length, notes = _planned_language_model(recipe, stand_in)
+    projectors: tuple[Any, ...] = ()
+    if recipe.align is not None:
+        sizes = feature_sizes(recipe)
+        known = {name: size or FEATURE_SIZE for name, size in sizes.items()}
+        projectors = empty_projectors(recipe.align, known, hidden_size=model.hidden_size)
+        notes += [f"features of '{name}' taken to be {FEATURE_SIZE} wide" for name, size in sizes.items() if not size]
+    four_bit = recipe.model.llm is not None and recipe.model.llm.four_bit
+    parts = parts_of(model, recipe.train, four_bit=four_bit)
+    return PlannedModel(name, model, inputs, parts, sequences, projectors, four_bit, length, tuple(notes))
+
+
+Described = tuple[str, Painter, Callable[[int], Mapping[str, Tensor]], Sequences, int, list[str]]
+"""Name, model, its inputs, their rows, positions of a row, what was assumed."""
+
+
+def _planned_decoder(recipe: Recipe) -> Described:
+    network = tokenizer_network(recipe)
+    settings = decoder_settings(recipe, num_codes=network.num_codes, downsampling=network.downsampling)
+    model = build_model(recipe, settings, text=None, empty=True)
+    length = settings.prefix_length + settings.num_positions - 1
+
+    def inputs(rows: int) -> Mapping[str, Tensor]:
+        with torch.device("meta"):
+            found: dict[str, Tensor] = {"tokens": torch.empty(rows, length, dtype=torch.int64)}
+            if settings.condition != "class":
+                found["prefix_mask"] = torch.empty(rows, settings.prefix_length, dtype=torch.bool)
+            if settings.condition == "caption":
+                found["caption"] = torch.empty(rows, settings.condition_length, settings.caption_dim)
+                found["null_caption"] = torch.empty(rows, dtype=torch.bool)
+        return found
+
+    aligned = settings.num_positions
+    name = f"llamagen-{recipe.model.size}" if recipe.model.size else "decoder"
+    notes = []
+    if recipe.model.condition == "class" and recipe.model.num_classes is None:
+        notes.append(f"{settings.num_classes} classes taken")
+    return name, model, inputs, Sequences(settings.num_positions, aligned), length, notes
+
+
+def _planned_language_model(recipe: Recipe, stand_in: str | None) -> Described:
+    section = language_section(recipe)
+    folder = Path(section.folder)
+    notes = [f"prompts taken to have {PROMPT_TOKENS} tokens"]
+    wide = section.model_copy(update={"four_bit": False})  # counted as four bits later
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"llm": wide})})
+    if (folder / CARD_FILE).is_file() and stand_in in (None, str(folder)):
+        name, card = str(folder), language_card(recipe)
+        model, layout, grid = first_language_model(recipe, card, empty=True), card.settings.layout, card.settings.grid
+    else:
+        name = _stand_in(recipe, stand_in)
+        if stand_in is None:
+            notes.insert(0, f"{folder} is not there; {name} of published sizes stands in for it")
+        model = _empty_chameleon(recipe, name)
+        layout, grid = model.layout, model.settings.grid
+    length = min(layout.length(PROMPT_TOKENS, grid), layout.max_positions or 2**31) - 1
+
+    def inputs(rows: int) -> Mapping[str, Tensor]:
+        return {"tokens": torch.empty(rows, length, dtype=torch.int64, device="meta")}
+
+    labelled = len(layout.image(grid)) + len(layout.closing)
+    return name, model, inputs, Sequences(labelled, grid[0] * grid[1]), length, notes
+
+
+def _stand_in(recipe: Recipe, asked: str | None) -> str:
+    """The name of the model that stands in.
+
+    Raises:
+        ArraError: none does.
+    """
+    known = [f"chameleon-{size}" for size in CHAMELEON_SIZES]
+    if asked is not None and asked not in known:
+        raise ArraError(f"--model {asked}: unknown; known are {', '.join(known)}")
+    if asked is None and recipe.tokenizer.name != "chameleon":
+        raise ArraError(
+            f"model.llm.folder: {language_section(recipe).folder}: no painting language model there; make it with arra "
+            f"init or arra import, or let one of published sizes stand in: --model {known[0]}"
+        )
+    return asked or known[0]
+
+
+def _empty_chameleon(recipe: Recipe, name: str) -> CausalLM:
+    """Chameleon of a published size, ready to train, on the meta device; it paints the recipe's squares."""
+    settings = chameleon_settings(name, CHAMELEON_SIZES[name.removeprefix("chameleon-")])
+    layout = ImageLayout(**CHAMELEON_LAYOUT, pixels_per_code=tokenizer_network(recipe).downsampling)
+    if recipe.has_rep:
+        layout = layout.model_copy(update={"rep": layout.rep_id})
+    with torch.device("meta"):
+        lm = build_chameleon(settings, rows=settings.model_parallel_size, image_tokenizer=False)
+        model = CausalLM(
+            lm.to(DTYPES[language_section(recipe).frozen_dtype]),
+            layout=layout,
+            grid=square(recipe, layout.pixels_per_code),
+            head_norm_rows=settings.model_parallel_size,
+        )
+        return prepare_language_model(recipe, model)
