@@ -305,7 +305,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(micro: int | None, tm
     features = held(trainer.batches).features
     assert features is not None
     features["teacher"][:] = math.inf
-    with pytest.raises(ArraError, match=r"step 3: loss is nan \(batch 3, records .*first non-finite .* in trouble"):
+    with pytest.raises(
+        ArraError, match=r"step 3: loss is nan, of gva_loss.main \(batch 3, records .*first non-finite .* in trouble"
+    ):
         trainer.train_step()
     assert trainer.step == 3
     assert different(before, state_of(trainer)) == []

@@ -9,7 +9,7 @@ import pytest
 
 from arra.config import load_recipe
 from arra.errors import ArraError
-from arra.stages.plan import GIB, MachinePlan, Plan, parse_machine, plan, sharing_on
+from arra.stages.plan import GIB, MachinePlan, Plan, parse_machine, plan, plan_machine, sharing_on
 from arra.stages.planned_model import planned_model
 from arra.train.memory import Sharing
 from arra.train.settings import TrainSettings
@@ -107,16 +107,17 @@ def test_one_card_of_24_gib_takes_four_bit_weights_alone() -> None:
 
 def test_what_is_advised_fits_when_it_is_done() -> None:
     """Settings are written as --set takes them, and their totals are those of the recipe with them."""
-    tiny = ("train.batch_size=8", "train.precision=float32")
-    found = planned("llamagen_c2i", "2x4", row="b", overrides=tiny).machines[0]
+    tiny = ("train.batch_size=4", "train.precision=float32")
+    whole = planned("llamagen_c2i", "2x3.9", row="b", overrides=tiny)
+    found = whole.machines[0]
     assert not found.fits
     settings = [remedy for remedy in found.remedies if remedy.what.startswith("train.")]
     assert {remedy.what.split("=")[0] for remedy in settings} >= {"train.micro_batch_size", "train.recompute"}
-    assert any(not remedy.fits for remedy in settings)
-    for remedy in (each for each in settings if each.fits):
-        done = planned("llamagen_c2i", "2x4", row="b", overrides=(*tiny, *remedy.what.split(", "))).machines[0]
+    for remedy in settings:
+        recipe = load_recipe("llamagen_c2i", row="b", overrides=(*tiny, *remedy.what.split(", ")))
+        done = plan_machine(recipe, whole.planned, machine=found.machine)
         assert done.memory.total == remedy.total
-        assert done.fits
+        assert done.fits == remedy.fits
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_a_table_on_the_screen(run_arra: Callable[..., Any]) -> None:
 
 
 def test_what_does_not_fit_ends_with_code_1(run_arra: Callable[..., Any]) -> None:
-    answer = run_arra("plan", "llamagen_c2i", "--row", "b", "--gpus", "1x3")
+    answer = run_arra("plan", "llamagen_c2i", "--row", "b", "--gpus", "1x3", "--set", "train.batch_size=4")
     assert answer.code == 1
     assert shown(answer, "fits") == ["no"]
     assert re.search(r"1x3: \d+\.\d GiB do not fit\. Each of these alone:", answer.out)

@@ -181,6 +181,7 @@ def test_a_model_of_classes_goes_on_from_given_weights(classes: Workshop) -> Non
     torch.testing.assert_close(after.output.weight, before.output.weight, atol=1e-6, rtol=0)
 
     # a decoder alone, as `arra import` leaves it, needs a tokenizer to paint
+    del before.about["codes_of"]
     alone = save_model(before, classes.root / "alone")
     assert "a model without an image tokenizer; name one" in classes("generate", alone, "--label", 0).error
     out = classes.root / "painted"
