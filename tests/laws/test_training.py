@@ -205,6 +205,7 @@ def test_a_kill_loses_only_time(step: int, undisturbed: Callable[[str], Undistur
     killed = make_trainer(tmp_path / "killed", preview=die_at(step), **options)
     with pytest.raises(SystemExit):
         killed.train()
+    killed.checkpoints.wait()  # this process lives on, and so does its save
     with killed.run.metrics_path.open("a") as file:
         file.write('{"kind": "train", "step": 9')  # a torn line
     again = make_trainer(tmp_path / "killed", **options)
@@ -236,6 +237,7 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed: Callable[[str], Undist
     killed = make_trainer(tmp_path / "killed", preview=die_at(12))
     with pytest.raises(SystemExit):
         killed.train()
+    killed.checkpoints.wait()  # this process lives on, and so does its save
     shard = next((killed.run.path / "checkpoints" / "step-0000010").glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-50] ^= 1
