@@ -339,6 +339,21 @@ def test_the_learning_rate() -> None:
     assert learning_rate(0, TrainSettings(steps=1, warmup_steps=0, learning_rate=3.0)) == 3.0
 
 
+def test_a_steps_rate_and_torchs_draws_are_functions_of_its_number(tmp_path: Path) -> None:
+    """The rate in the optimiser; the seed of what is drawn within a kernel (attention's dropout)."""
+    found = []
+    for name in ("one", "other"):
+        trainer, seeds = make_trainer(tmp_path / name), []
+        for step in range(4):
+            trainer.train_step()
+            rates = {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups}
+            assert rates == {learning_rate(step, trainer.settings)}
+            seeds.append(torch.initial_seed())
+        assert len({*seeds}) == 4
+        found.append(seeds)
+    assert found[0] == found[1]
+
+
 def test_the_rate_of_a_row_is_the_one_of_its_step(tmp_path: Path) -> None:
     trainer = trained(tmp_path / "run", log_every_steps=1)
     rows = [row for row in rows_of(trainer) if row["kind"] == "train"]

@@ -60,6 +60,15 @@ def test_what_trouble_leaves_out_might_not_be_there(action: Action, stopped_at: 
     assert json.loads(record.read_text())["action"] == action
 
 
+def test_later_steps_are_judged_by_the_losses_of_those_before(tmp_path: Path) -> None:
+    """After a new start, too."""
+    first = trained(tmp_path, log_every_steps=1)
+    losses = [row["loss"] for row in rows_of(first) if row["kind"] == "train"]
+    second = make_trainer(tmp_path, log_every_steps=1)
+    second.resume()
+    assert first.losses_seen.recent == second.losses_seen.recent == losses
+
+
 def test_a_projectors_gradient_that_is_not_finite_is_trouble(tmp_path: Path) -> None:
     """Though it is clipped apart, and every loss is a number."""
     trainer = make_trainer(tmp_path / "run")
