@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,16 +23,19 @@ from arra.data.batches import text_batch
 from arra.errors import ArraError
 from arra.models import Decoder, Painter
 from arra.sample.generate import generate
+from arra.train.checkpoints import steps_in
 from arra.train.interrupt import TrainingInterrupted, interruptible
 from arra.train.loop import Trainer
 from arra.train.optimizer_state import restore_optimizer
 from arra.train.passes import validation_loss
 from arra.train.schedule import learning_rate
 from arra.train.settings import AlignSettings, TrainSettings
+from arra.train.shards import Shards
 from tests.train import toy_training
 from tests.train.toy_training import (
     STEPS,
     different,
+    disturbed,
     held,
     make_trainer,
     model_of,
@@ -222,6 +227,27 @@ def test_a_finished_training_stays_as_it_is(tmp_path: Path) -> None:
     again = trained(tmp_path / "run")
     assert different(state_of(done), state_of(again)) == []
     assert again.run.read_metrics() == rows
+
+
+@pytest.mark.parametrize("signal_at", [None, 6])
+def test_a_training_ends_when_its_last_checkpoint_is_on_the_disk(
+    signal_at: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes in the background."""
+    write = Shards.write
+
+    def slow(shards: Shards, *told: Any) -> BaseException | None:
+        time.sleep(0.3)
+        return write(shards, *told)
+
+    monkeypatch.setattr(Shards, "write", slow)
+    trainer = make_trainer(tmp_path)
+    if signal_at is not None:
+        disturbed(trainer, signal_at, signal.SIGTERM)
+    with suppress(TrainingInterrupted):
+        trainer.train()
+    assert trainer.step == (STEPS if signal_at is None else signal_at + 1)
+    assert steps_in(tmp_path / "checkpoints")[-1] == trainer.step
 
 
 def test_the_best_so_far_is_known_after_a_new_start(tmp_path: Path) -> None:

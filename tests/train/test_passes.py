@@ -1,5 +1,6 @@
 """What a rank is given to pass: the batch of its position, and a row without anything to learn where it has none."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from arra.data.batches import NOTHING, TrainBatch
 from arra.distributed import Ranks
-from arra.train.passes import Ahead
+from arra.train.passes import Ahead, select, validation_loss
 from tests.train.toy_training import make_batches, make_trainer
 
 
@@ -47,3 +48,28 @@ def test_a_rank_without_rows_passes_one_that_teaches_nothing(tmp_path: Path) -> 
     for name, parameter in trainer.parameters.items():
         assert parameter.grad is not None, name  # what has none would be left out of sums over ranks
         assert not bool(parameter.grad.any()), name
+
+
+class OneOfTwo(Ranks):
+    """A rank that tells what it would add to the other's."""
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        SUMMED.append(list(values))
+        return list(values)
+
+
+SUMMED: list[list[float]] = []
+
+
+def test_ranks_share_out_what_is_validated_and_count_nothing_twice(tmp_path: Path) -> None:
+    """Three batches on two ranks, which make two passes each."""
+    trainer = make_trainer(tmp_path)
+    (batch,) = trainer.validation
+    batches = [select(batch, rows) for rows in (slice(0, 1), slice(1, 3), slice(2, 3))]
+    alone = validation_loss(trainer.model, batches)
+    SUMMED.clear()
+    for rank in range(2):
+        validation_loss(trainer.model, batches, ranks=OneOfTwo(rank=rank, size=2))
+    (total, count), (other, more) = SUMMED
+    assert (count, more) == (12, 12)  # codes
+    assert (total + other) / (count + more) == pytest.approx(alone, rel=1e-6)
