@@ -129,8 +129,8 @@ class Run:
         """A new run, or the one that is there if it has the same recipe and manifest.
 
         `manifest` holds what must not change between starts (seed, hashes of inputs); `noted` what may. Versions are
-        added, and all of it is kept as it was at first. The recipe's keys `free` (dotted) may change, and are then
-        those of the last start.
+        added, and all of it is kept as it was at first. The recipe's keys `free` (dotted) may be others now;
+        `take_recipe` writes them down.
 
         Raises:
             ArraError: the folder holds a run of another recipe or other inputs, or cannot be written.
@@ -142,12 +142,9 @@ class Run:
                 own = yaml.safe_load(run.recipe_yaml())
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise ArraError(f"{run.recipe_path}: damaged; delete the run folder and train again") from error
-            new = yaml.safe_load(recipe_yaml)
-            run._refuse_difference("recipe", _without(own, free), _without(new, free))
+            run._refuse_difference("recipe", _without(own, free), _without(yaml.safe_load(recipe_yaml), free))
             kept = run.manifest()
             run._refuse_difference("manifest", {key: kept.get(key) for key in given}, given)
-            if own != new:
-                atomic_write(run.recipe_path, recipe_yaml)
             return run
         facts = _environment() | dict(noted or {}) | given
         atomic_write(run.path / "manifest.json", json.dumps(facts, indent=2) + "\n")
@@ -176,6 +173,14 @@ class Run:
     def metrics_path(self) -> Path:
         """The place of the metrics, one JSON object per line."""
         return self.path / "metrics.jsonl"
+
+    def take_recipe(self, recipe_yaml: str) -> None:
+        """Nothing; the run has this recipe, which may differ from its own in what does not change the training.
+
+        For whoever holds the lock: a start that is refused leaves the recipe of the one that runs.
+        """
+        if yaml.safe_load(self.recipe_yaml()) != yaml.safe_load(recipe_yaml):
+            atomic_write(self.recipe_path, recipe_yaml)
 
     def recipe_yaml(self) -> str:
         """The resolved recipe as text."""

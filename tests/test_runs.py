@@ -264,3 +264,18 @@ def test_metrics_survive_kill_9(tmp_path: Path):
         rows = run.read_metrics()
         assert len(rows) >= known + 20
         assert [row["step"] for row in rows] == list(range(len(rows)))
+
+
+def test_a_recipe_may_differ_in_what_is_free_and_is_taken_by_who_trains(tmp_path: Path):
+    """A start that goes no further, because another one holds the run, changes nothing."""
+    first = "name: toy\ntrain:\n  steps: 5\n  parallel:\n    kind: ddp\n"
+    other = first.replace("ddp", "fsdp")
+    Run.create(tmp_path, first, {})
+    again = Run.create(tmp_path, other, {}, free=("train.parallel",))
+    assert again.recipe_yaml() == first
+    again.take_recipe(other)
+    assert again.recipe_yaml() == other
+    with pytest.raises(ArraError, match=r"another recipe: train\.steps is 5 in this run, now 6"):
+        Run.create(tmp_path, first.replace("5", "6"), {}, free=("train.parallel",))
+    with pytest.raises(ArraError, match=r"another recipe: train\.parallel\.kind is 'fsdp' in this run, now 'ddp'"):
+        Run.create(tmp_path, first, {})

@@ -16,6 +16,7 @@ from arra.data.store import Store
 from arra.errors import ArraError
 from arra.evaluate.card import Evaluation
 from arra.runs import Run, file_hash
+from arra.stages import training_data
 from arra.stages.evaluate import evaluate
 from arra.stages.paint import load_run, paint_prompts, parse_seeds
 from arra.stages.prepare import PrepareOptions, prepare
@@ -98,6 +99,8 @@ def test_an_interrupted_training_ends_in_the_same_weights(pipeline, tmp_path: Pa
             train(recipe, store, tmp_path / "aligned")
     with pytest.raises(ArraError, match="training has not finished; run the command that began it again, or: arra tr"):
         load_run(tmp_path / "aligned")
+    with pytest.raises(ArraError, match="what is saved paints too: arra checkpoint "):
+        load_run(tmp_path / "aligned")
     told: list[tuple[Any, ...]] = []
     train(recipe, store, tmp_path / "aligned", progress=lambda *what: told.append(what))
     for name in ("model.safetensors", "model.json", "tokenizer.json"):
@@ -108,6 +111,22 @@ def test_an_interrupted_training_ends_in_the_same_weights(pipeline, tmp_path: Pa
     assert [what[:3] for what in told] == [("step", step, 100) for step in steps]
     last = [row for row in rows if row["kind"] == "train"][-1]
     assert f"ntp {last['ntp_loss']:.3f}, gva {last['gva_loss']:.3f}, " in [what[3] for what in told][steps.index(100)]
+
+
+def test_features_that_are_no_numbers_are_told_before_training(
+    pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sample = training_data.feature_sample
+
+    def spoilt(*arguments: Any) -> dict[str, Any]:
+        found = sample(*arguments)
+        found["teacher"][3, 2] = float("nan")
+        return found
+
+    monkeypatch.setattr(training_data, "feature_sample", spoilt)
+    with pytest.raises(ArraError, match=r"features of 'teacher' hold numbers that are not finite, in 1 of"):
+        train(recipe_of(pipeline.aligned), Store.open(pipeline.store), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_lost_weights_come_back_from_the_checkpoint(pipeline, toy_copy):

@@ -23,6 +23,8 @@ Features: TypeAlias = Mapping[str, Tensor]
 
 NOTHING = -100
 """Label of a position whose token nobody predicts."""
+NO_RECORD = -1
+"""Number of a row that is no picture's record."""
 
 
 @runtime_checkable
@@ -45,7 +47,7 @@ class TrainBatch:
     prefix_mask: Bool[Tensor, "B C"] | None
     features: Features | None = None
     rows: Int[Tensor, " B"] | None = None
-    """Which record each row is."""
+    """Which record each row is; `NO_RECORD` for text, which comes last."""
     caption: Float[Tensor, "B W E"] | None = None
     null_caption: Bool[Tensor, " B"] | None = None
     rep_mask: Bool[Tensor, "B T"] | None = None

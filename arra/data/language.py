@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from arra.data.batches import NOTHING, Batches, Features, TrainBatch, generator, row_seeds
+from arra.data.batches import NO_RECORD, NOTHING, Batches, Features, TrainBatch, generator, row_seeds
 from arra.data.conditions import Prefix
 from arra.data.layout import Grid, ImageLayout, Written
 from arra.data.order import part_of
@@ -169,6 +169,9 @@ def joined(images: TrainBatch, text: TrainBatch) -> TrainBatch:
     if images.rep_mask is not None:
         rest = (0, width - images.tokens.shape[1], 0, len(text.tokens))
         rep_mask = torch.nn.functional.pad(images.rep_mask, rest, value=False)
+    rows = images.rows
+    if rows is not None:
+        rows = torch.cat([rows, rows.new_full((len(text.tokens),), NO_RECORD)])
     seeds = None
     if images.dropout_seeds is not None and text.dropout_seeds is not None:
         seeds = torch.cat([images.dropout_seeds, text.dropout_seeds])
@@ -178,6 +181,7 @@ def joined(images: TrainBatch, text: TrainBatch) -> TrainBatch:
         both("code_mask", False),
         None,
         features=features,
+        rows=rows,
         rep_mask=rep_mask,
         grid=images.grid,
         dropout_seeds=seeds,

@@ -143,9 +143,11 @@ def load_run(folder: Path, *, tokenizer: str | None = None, tokenizer_weights: P
     recipe = parse_recipe(run.recipe_yaml(), Recipe, source=str(run.recipe_path))
     if not (folder / "model.json").is_file():
         store_path = noted(folder).get("at_first", "STORE")
+        saved = any((folder / "checkpoints").glob("step-*"))
+        way = f"; what is saved paints too: arra checkpoint {folder} --out MODEL" if saved else ""
         raise ArraError(
             f"{folder}: training has not finished; run the command that began it again, or: "
-            f"arra train {folder / 'recipe.yaml'} --store {store_path} --out {folder}"
+            f"arra train {folder / 'recipe.yaml'} --store {store_path} --out {folder}{way}"
         )
     manifest = run.manifest()
     if missing := [key for key in ("tokenizer", "tokenizer_sha256", "store_sha256") if key not in manifest]:

@@ -163,6 +163,7 @@ class Work:
             if ranks.share(is_finished(run, recipe)):
                 return run
             if ranks.is_first:
+                run.take_recipe(dump_recipe(recipe))
                 note_store(folder, store)
                 keep_tokenizer(recipe, store, folder)
                 if isinstance(model, Decoder):  # what weights of checkpoints are of, long before there is a model

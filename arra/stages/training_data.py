@@ -80,6 +80,12 @@ def training_data(
         features = feature_sample(pictures, center_variant(recipe), crop_of(recipe).num_variants)
         for where, term in recipe.align_terms():
             check_features(term, tuple(features[term.encoder].shape[1:]), where=where)
+        for name, found in features.items():
+            if bad := int((~found.flatten(1).isfinite().all(1)).sum()):
+                raise ArraError(
+                    f"{store.path}: features of '{name}' hold numbers that are not finite, in {bad} of {len(found)} "
+                    "pictures looked at; make them again: arra extract --replace"
+                )
     told: dict[str, Any] = {
         "pictures": pictures,
         "batch_size": recipe.train.batch_size,

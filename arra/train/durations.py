@@ -57,6 +57,8 @@ class Written:
                 raise ValueError(f"'{value[:60]}' is no duration; write steps as a number, or as in {like}")
             if self.least and not _number(found):
                 raise ValueError(f"'{value}' is no time at all; expected more than 0")
+            if _unit(found) == "percent" and _number(found) > 100:
+                raise ValueError(f"'{value}' is more than the whole training; expected at most 100 percent")
             if self.whole and _unit(found) == "percent":
                 raise ValueError(
                     f"'{value}' is a part of the whole training and cannot say how long that is; write it as in {like}"

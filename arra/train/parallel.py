@@ -10,9 +10,9 @@ gradients are summed, never averaged.
 Legend: R ranks, D model width.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from typing import Any, cast
 
@@ -39,7 +39,7 @@ BUFFERS = (
     if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
     else "broadcast_buffers"
 )
-"""What torch calls sending buffers round in every step, of which none changes here; renamed in 2.13."""
+"""What torch calls sending buffers round in every step, of which none changes here; renamed after 2.11."""
 
 
 class Engine:
@@ -380,8 +380,9 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
     return CheckpointPolicy.MUST_SAVE if operation in _dear() else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _dear() -> Sequence[Any]:
-    """Operations whose results are kept: matrix products and attention."""
+@cache
+def _dear() -> frozenset[Any]:
+    """Operations whose results are kept: matrix products and attention; asked for at every operation."""
     aten = torch.ops.aten
     names = (
         "_scaled_dot_product_flash_attention",
@@ -390,7 +391,7 @@ def _dear() -> Sequence[Any]:
         "_scaled_dot_product_flash_attention_for_cpu",
     )
     products = [aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default]
-    return [*products, *(getattr(aten, name).default for name in names if hasattr(aten, name))]
+    return frozenset([*products, *(getattr(aten, name).default for name in names if hasattr(aten, name))])
 
 
 def compile_blocks(model: Painter) -> None:

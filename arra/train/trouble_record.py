@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from arra.data.batches import NO_RECORD
 from arra.distributed import Ranks
 from arra.errors import ArraError
 from arra.runs import atomic_write
@@ -108,16 +109,17 @@ def record_trouble(
     """What was found out, the same on all ranks, after rank zero wrote it to `RUN/trouble/`.
 
     Called on all ranks with the gradients of the whole batch in `parameters` (names begin with `model.` or `align.`),
-    which may be sharded; weights are not gathered. `rows` are the rank's records, `ids` gives their names and is called
-    on rank zero. `states` computes the batch again without gradients: for each of the rank's micro-batches, in the
-    order of `rows`, the states (B, T, D) that a model captures, by layer; without it the file has none.
+    which may be sharded; weights are not gathered. `rows` are the rank's records (text, which has none, last), `ids`
+    gives their names and is called on rank zero. `states` computes the batch again without gradients: for each of the
+    rank's micro-batches, in the order of `rows`, the states (B, T, D) that a model captures, by layer; without it the
+    file has none.
 
     Raises:
         ArraError: the file cannot be written.
     """
     gradients = _over_ranks({name: p.grad for name, p in parameters.items()}, ranks)
     weights = _over_ranks({name: p.detach() for name, p in parameters.items()}, ranks)
-    own = [] if rows is None else rows.tolist()
+    own = [] if rows is None else [row for row in rows.tolist() if row != NO_RECORD]
     seen = ranks.gather(_look_at(states, own))
     numbers = sorted({layer for each in seen for layer in each.sizes})
     layers = {layer: _sum([each.sizes[layer] for each in seen if layer in each.sizes]) for layer in numbers}

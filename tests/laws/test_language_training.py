@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arra.data.batches import NOTHING, Batches, InMemory, TrainBatch, generator
+from arra.data.batches import NO_RECORD, NOTHING, Batches, InMemory, TrainBatch, generator
 from arra.data.language import LayoutWriter, MixedBatches, PromptConditions, TextRows, joined, padded_batch
 from arra.data.layout import ImageLayout
 from arra.distributed import joined_ranks
@@ -304,6 +304,15 @@ def test_validation_counts_codes_and_of_text_every_token() -> None:
             logits = model.lm_head(model(batch.tokens[:, :-1]).last_hidden)[counted]
         expected = torch.nn.functional.cross_entropy(logits, batch.tokens[:, 1:][counted])
         assert validation_loss(model, [batch]) == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_rows_of_text_are_no_records() -> None:
+    """Whoever names the pictures of a batch meets them in its order, and text behind them."""
+    mixed = make_batches(features=False, text_rows=3).batch(0).rows
+    pictures = make_batches(features=False).batch(0).rows
+    assert mixed is not None
+    assert pictures is not None
+    assert mixed.tolist() == [*pictures.tolist(), *[NO_RECORD] * 3]
 
 
 def test_text_rows_depend_on_the_step_alone() -> None:

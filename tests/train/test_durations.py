@@ -112,6 +112,8 @@ def test_a_recipe_is_in_steps_unless_it_counts_epochs() -> None:
         ("{steps: -3 epochs}", "x.yaml: train.steps: '-3 epochs' is no duration; write"),
         ("{steps: '100'}", "x.yaml: train.steps: '100' is no duration; write steps as a number"),
         ("{steps: 0 epochs}", "x.yaml: train.steps: '0 epochs' is no time at all; expected more than 0"),
+        ("{steps: 9, warmup_steps: 200 percent}", "x.yaml: train.warmup_steps: '200 percent' is more than the whole "
+                                                  "training; expected at most 100 percent"),
         ("{steps: 5%}", "x.yaml: train.steps: '5%' is a part of the whole training and cannot say how long that is; "
                         "write it as in '300 epochs'"),
         ("{steps: 0}", "x.yaml: train.steps: expected steps (an integer >= 1) or text as in '300 epochs' or "

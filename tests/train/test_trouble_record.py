@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from arra.data.batches import NO_RECORD
 from arra.distributed import Ranks
 from arra.errors import ArraError
 from arra.models.decoder import Decoder, DecoderSettings
@@ -172,7 +173,7 @@ def test_states_name_the_records_that_made_the_trouble(tmp_path: Path):
         tmp_path,
         ranks=ALONE,
         parameters=parameters(),
-        rows=torch.tensor([40, 41, 42, 43]),
+        rows=torch.tensor([40, 41, 42, 43, NO_RECORD]),
         ids=lambda rows: [f"picture-{row}" for row in rows],
         states=states(),
     )

@@ -51,9 +51,11 @@ def test_an_aligned_row_differs_in_the_alignment_alone(name: str, row: str) -> N
 def test_classes(row: str) -> None:
     recipe, (epochs, batch, rate) = load_recipe("llamagen_c2i", row=row), C2I[row]
     assert (recipe.train.batch_size, recipe.train.learning_rate) == (batch, rate)
-    # theirs leave an epoch's last pictures out, which do not fill a batch
+    # theirs leave an epoch's last pictures out, which do not fill a batch: less than a step an epoch
     whole = recipe.resolved(IMAGENET_TRAIN).train.steps
-    assert 0 <= whole - epochs * (IMAGENET_TRAIN // batch) < epochs
+    assert whole == -(-epochs * IMAGENET_TRAIN // batch)
+    assert whole - epochs * (IMAGENET_TRAIN // batch) in range(epochs)
+    assert whole == {(300, 256): 1_501_368, (50, 256): 250_228, (50, 512): 125_114}[epochs, batch]
     assert recipe.model.condition == "class"
     assert (recipe.data.crop.kind, recipe.data.crop.ranges) == ("ten_crop", (1.1, 1.05))
     assert (recipe.sample.cfg_scale, recipe.sample.top_k, recipe.sample.top_p, recipe.sample.temperature) == (
