@@ -1,13 +1,13 @@
 """The static memory of attention while a sequence is decoded: `models` reads and writes it, `sample` owns it.
 
 It is sized once and handed in as an argument, never attached to a model, so it cannot enter a state dict.
-Letters: N layers, B batch, H key-value heads, T sequence, S new positions, E size of one head.
+Letters: N layers, B batch, R rows of another batch, H key-value heads, T sequence, S new positions, E size of one head.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -51,3 +51,17 @@ class KVCache:
     def rows(self, count: int) -> "KVCache":
         """A view of the first `count` rows of the batch (the null half is dropped when guidance ends)."""
         return KVCache(self.keys[:, :count], self.values[:, :count])
+
+    def spread(self, places: Int[Tensor, "R"], *, length: int) -> "KVCache":
+        """A cache of `length` positions whose row i is a copy of row `places[i]`; what is new of it is undefined."""
+        return KVCache(*(self._spread(part, places, length) for part in (self.keys, self.values)))
+
+    def join(self, other: "KVCache") -> "KVCache":
+        """A copy with these rows followed by those of a cache of as many positions."""
+        return KVCache(torch.cat([self.keys, other.keys], 1), torch.cat([self.values, other.values], 1))
+
+    def _spread(self, part: Tensor, places: Tensor, length: int) -> Tensor:
+        layers, _, heads, filled, width = part.shape
+        found = part.new_zeros(layers, len(places), heads, length, width)
+        found[:, :, :, :filled] = part[:, places]
+        return found

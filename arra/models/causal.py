@@ -8,7 +8,7 @@ Letters: B batch, S positions given, C prefix length, P = h*w image positions, D
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from arra.data.layout import CODE, Grid, ImageLayout
 from arra.errors import ArraError
 from arra.models.decoder import Condition, ModelOutput, TextTokenizer, checked_codes
 from arra.models.dropout import RowDropout, random_seeds, site_seeds
+from arra.models.growing import all_growing, growing_cache, join_caches, spread_cache
 from arra.models.head import CalledHead, Head, head_of
 from arra.settings import Settings
 
@@ -66,6 +67,27 @@ class LanguageCache:
         """The same with the first `count` rows of the batch alone; this one must not be used any more."""
         self.layers.batch_select_indices(torch.arange(count))
         return self
+
+    def spread(self, places: Int[Tensor, "R"], *, length: int) -> "LanguageCache":
+        """One with room for `length` positions whose row i is a copy of row `places[i]`; for growing layers alone."""
+        return replace(self, layers=spread_cache(self.layers, places, room=length))
+
+    def rewind(self, length: int) -> None:
+        """Nothing; what was read after the first `length` positions is forgotten.
+
+        Raises: ValueError where a memory that does not keep everything would have to.
+        """
+        if length == self.filled:
+            return
+        if not all(hasattr(layer, "room") for layer in self.layers.layers):
+            raise ValueError("this memory cannot go back")
+        for layer in self.layers.layers:
+            layer.filled = length
+        self.filled = length
+
+    def join(self, other: "LanguageCache") -> "LanguageCache":
+        """These rows followed by those of one with as much room; for growing layers alone."""
+        return replace(self, layers=join_caches(self.layers, other.layers))
 
 
 class CausalLM(nn.Module):
@@ -305,28 +327,56 @@ class CausalLM(nn.Module):
             mask[place, width - len(row) :] = True
         return Condition(tokens.to(self.device), mask.to(self.device))
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether its memory keeps every position (no sliding windows, no recurrent layers)."""
+        return all_growing(self.lm.config)
+
+    def memory_length(self, rows: Condition, grid: Grid) -> int:
+        """Positions that a memory needs room for."""
+        return rows.tokens.shape[1] + len(self._template(grid))
+
     def prefill(
         self, rows: Condition, codes: Int[Tensor, "B n"], *, grid: Grid
     ) -> tuple[LanguageCache, Float[Tensor, "B K"]]:
-        """A cache filled with the prefix and the first n codes, and the logits of the code after them."""
-        from arra.models.growing import growing_cache
+        """A memory of the prefix and the first n codes, and the logits of the code after them.
 
-        body = self._body(codes, grid)
-        room = rows.tokens.shape[1] + len(self._template(grid))
+        It has room for just those where it can be spread, otherwise for the whole picture.
+        """
+        tokens = torch.cat([rows.tokens, self._body(codes, grid)], dim=1)
+        room = tokens.shape[1] if self.keeps_all else self.memory_length(rows, grid)
         ids = self.layout.code_ids().to(self.device)
         cache = LanguageCache(growing_cache(self.lm.config, room=room), 0, self.lm_head.rows(ids), ids)
-        tokens = torch.cat([rows.tokens, body], dim=1)
         hidden = self(tokens, prefix_mask=rows.prefix_mask, cache=cache).last_hidden
         return cache, cache.code_head(hidden[:, -1])
 
-    def decode_step(
-        self, rows: Condition, cache: LanguageCache, *, codes: Int[Tensor, "B"], index: int, grid: Grid
-    ) -> Float[Tensor, "B K"]:
-        """The logits of code `index` + 1, after feeding the codes at `index` and the tokens the layout puts behind."""
-        forced = torch.tensor(self.layout.after(index, grid), dtype=torch.int64, device=self.device)
-        tokens = torch.cat([cache.code_ids[codes][:, None], forced.expand(len(codes), -1)], dim=1)
-        hidden = self(tokens, prefix_mask=rows.prefix_mask, cache=cache, start=cache.filled).last_hidden
-        return cache.code_head(hidden[:, -1])
+    def decode(
+        self,
+        rows: Condition,
+        cache: LanguageCache,
+        *,
+        codes: Int[Tensor, "B n"],
+        index: int,
+        grid: Grid,
+        every: bool = False,
+    ) -> Float[Tensor, "B K"] | Float[Tensor, "B n K"]:
+        """The logits after feeding the codes at index..index+n-1 with what the layout puts between and behind them.
+
+        Of the code behind the last one, or behind every one. What the memory held from `index` on is overwritten.
+        """
+        body, count = self._template(grid), codes.shape[1]
+        places = [place for place, token in enumerate(body) if token == CODE]
+        first, end = places[index], (places[index + count] if index + count < len(places) else len(body))
+        tokens = torch.tensor(body[first:end], dtype=torch.int64, device=self.device).repeat(len(codes), 1)
+        own = torch.tensor([place - first for place in places[index : index + count]], device=self.device)
+        tokens[:, own] = cache.code_ids[codes]
+        start = rows.tokens.shape[1] + first
+        cache.rewind(start)
+        hidden = self(tokens, prefix_mask=rows.prefix_mask, cache=cache, start=start).last_hidden
+        if not every:
+            return cache.code_head(hidden[:, -1])
+        behind = torch.cat([own[1:], own.new_tensor([end - first])]) - 1
+        return cache.code_head(hidden[:, behind])
 
     def logits(
         self,

@@ -124,14 +124,14 @@ class Decoder(nn.Module, DecoderFromHub):
         """The blocks, first to last, as parallelism and recomputing take them."""
         return list(self.layers)
 
-    def new_cache(self, batch_size: int) -> KVCache:
+    def new_cache(self, batch_size: int, *, length: int | None = None) -> KVCache:
         """Room for whole sequences of `batch_size` rows, the last code excepted (nothing comes after it)."""
         settings = self.settings
         return KVCache.allocate(
             num_layers=settings.num_layers,
             batch_size=batch_size,
             num_kv_heads=settings.kv_heads,
-            length=settings.prefix_length + settings.num_positions - 1,
+            length=settings.prefix_length + settings.num_positions - 1 if length is None else length,
             head_dim=settings.head_dim,
             device=self.device,
             dtype=self.norm.weight.dtype,
@@ -216,20 +216,41 @@ class Decoder(nn.Module, DecoderFromHub):
             parts.insert(0, self.cls_embedding(tokens[:, :num_asked], start, caption, null_caption))
         return torch.cat(parts, dim=1)
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether its memory keeps every position, so that rows can be shared and positions taken back."""
+        return True
+
+    def memory_length(self, rows: Condition, grid: tuple[int, int]) -> int:
+        """Positions that a memory needs room for; nothing comes after the last code."""
+        return self.settings.prefix_length + self.settings.num_positions - 1
+
     def prefill(
         self, rows: Condition, codes: Int[Tensor, "B n"], *, grid: tuple[int, int]
     ) -> tuple[KVCache, Float[Tensor, "B K"]]:
-        """A cache filled with the prefix and the first n codes, and the logits of the code after them."""
-        cache = self.new_cache(len(rows))
-        hidden = self(torch.cat([rows.tokens, codes], dim=1), **rows.inputs(), cache=cache).last_hidden
+        """A memory of just the prefix and the first n codes, and the logits of the code after them."""
+        tokens = torch.cat([rows.tokens, codes], dim=1)
+        cache = self.new_cache(len(rows), length=tokens.shape[1])
+        hidden = self(tokens, **rows.inputs(), cache=cache).last_hidden
         return cache, self.head(hidden[:, -1])
 
-    def decode_step(
-        self, rows: Condition, cache: KVCache, *, codes: Int[Tensor, "B"], index: int, grid: tuple[int, int]
-    ) -> Float[Tensor, "B K"]:
-        """The logits of code `index` + 1, after feeding the codes at `index`; the cache grows by one position."""
+    def decode(
+        self,
+        rows: Condition,
+        cache: KVCache,
+        *,
+        codes: Int[Tensor, "B n"],
+        index: int,
+        grid: tuple[int, int],
+        every: bool = False,
+    ) -> Float[Tensor, "B K"] | Float[Tensor, "B n K"]:
+        """The logits after feeding the codes at index..index+n-1: of the code behind the last, or behind every one.
+
+        What the memory held from `index` on is overwritten.
+        """
         start = self.settings.prefix_length + index
-        return self.head(self(codes[:, None], **rows.inputs(), cache=cache, start=start).last_hidden[:, -1])
+        hidden = self(codes, **rows.inputs(), cache=cache, start=start).last_hidden
+        return self.head(hidden if every else hidden[:, -1])
 
     @property
     def hidden_size(self) -> int:

@@ -5,6 +5,7 @@ not look at everything (sliding windows, linear attention) keep the library's ow
 Letters: B batch, H key-value heads, T sequence, S new positions, E size of one head.
 """
 
+import copy
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +21,28 @@ def growing_cache(config: Any, *, room: int) -> Any:
     cache, growing = DynamicCache(config=config), _growing_layer()
     cache.layers = [growing(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def all_growing(config: Any) -> bool:
+    """Whether all layers of an architecture keep every position, so that `growing_cache` is ours throughout."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+def spread_cache(cache: Any, places: Tensor, *, room: int) -> Any:
+    """A growing cache of `room` positions whose row i is a copy of row `places[i]`."""
+    found = copy.copy(cache)
+    found.layers = [layer.spread(places, room) for layer in cache.layers]
+    return found
+
+
+def join_caches(cache: Any, other: Any) -> Any:
+    """A growing cache with the rows of both."""
+    found = copy.copy(cache)
+    found.layers = [mine.join(theirs) for mine, theirs in zip(cache.layers, other.layers, strict=True)]
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -56,5 +79,25 @@ def _growing_layer() -> Any:
             """Nothing; only these rows are left."""
             self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
             self.keys, self.values = self.all_keys[:, :, : self.filled], self.all_values[:, :, : self.filled]
+
+        def spread(self, places: Tensor, room: int) -> "GrowingLayer":
+            """One with room for `room` positions whose row i is a copy of row `places[i]`."""
+            parts = []
+            for part in (self.all_keys, self.all_values):
+                new = part.new_empty((len(places), part.shape[1], room, part.shape[3]))
+                new[:, :, : self.filled] = part[places, :, : self.filled]
+                parts.append(new)
+            return self._with(*parts)
+
+        def join(self, other: "GrowingLayer") -> "GrowingLayer":
+            """One with the rows of both."""
+            mine, theirs = (self.all_keys, self.all_values), (other.all_keys, other.all_values)
+            return self._with(*(torch.cat(pair) for pair in zip(mine, theirs, strict=True)))
+
+        def _with(self, all_keys: Tensor, all_values: Tensor) -> "GrowingLayer":
+            found = copy.copy(self)
+            found.room, found.all_keys, found.all_values = all_keys.shape[2], all_keys, all_values
+            found.keys, found.values = all_keys[:, :, : self.filled], all_values[:, :, : self.filled]
+            return found
 
     return GrowingLayer

@@ -1,11 +1,10 @@
-"""Images from prompts, classes or captions: decoding over a static KV cache, with guidance, one seed for each image.
+"""Images from prompts, classes or captions: one seed for each image, batch after batch, by one engine for all models.
 
-Letters: N images, B images of one batch, R rows of one batch (B, or 2B while guided: conditional, then null), C prefix
-length, P = h*w codes, K codes of the vocabulary, H W pixels.
+Letters: N images, B images of one batch, P = h*w codes, H W pixels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,9 +14,14 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from arra.errors import ArraError
-from arra.models import Condition, Painter
+from arra.models import Painter
 from arra.models.products import packed_weights
-from arra.sample.logits import SamplingSettings, draw_keys, guide, pick
+from arra.sample.decoding import FREE, Batch, Prefixes, decode_batch
+from arra.sample.logits import SamplingSettings, draw_keys
+
+PICTURES_TOGETHER = 8
+"""Pictures that a GPU decodes from codes together, always as many, so that a picture is the same bits in any company.
+A CPU decodes one after the other: it has no more to do at once, and their memory is that of one."""
 
 
 @runtime_checkable
@@ -41,6 +45,98 @@ class GenerationResult:
     settings: SamplingSettings
 
 
+class Engine:
+    """A model made ready to paint, for as many calls as wanted; use it as a context manager.
+
+    Within, the model is in eval mode and its matrices may lie in memory a second time, in the layout that decodes
+    fastest; afterwards it is as it was.
+    """
+
+    def __init__(
+        self,
+        model: Painter,
+        tokenizer: ImageTokenizer | None = None,
+        *,
+        settings: SamplingSettings,
+        batch_size: int = 16,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ArraError(f"generate: batch_size: {batch_size} must be at least 1")
+        self.model, self.tokenizer, self.settings, self.batch_size = model, tokenizer, settings, batch_size
+        self.asked_grid, self.grid = grid, grid or model.settings.grid
+        self._open = ExitStack()
+
+    def __enter__(self) -> "Engine":
+        self._open.enter_context(_evaluating(self.model))
+        self._open.enter_context(packed_weights(self.model))
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._open.close()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        *,
+        seeds: Sequence[int],
+        prompts: Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
+        captions: tuple[Tensor, Tensor | None] | None = None,
+        given_codes: Int[Tensor, "N P"] | Int[Tensor, "N h w"] | None = None,
+        watch: Callable[[int, int, Tensor], None] | None = None,
+    ) -> GenerationResult:
+        """Images for conditions and seeds, as the function `generate` says.
+
+        Raises: ArraError for conditions, seeds or codes that do not fit.
+        """
+        model, device = self.model, self.model.device
+        conditions = model.condition(prompts=prompts, labels=labels, captions=captions, grid=self.asked_grid)
+        rows, image_seeds = pair(len(conditions), seeds)
+        num_codes = self.grid[0] * self.grid[1]
+        given = self._given(given_codes, len(rows), num_codes)
+        keys = draw_keys(image_seeds, num_codes)
+        prefixes, parts = Prefixes(), []
+        for first in range(0, len(rows), self.batch_size):
+            chosen = slice(first, first + self.batch_size)
+            batch = Batch(
+                condition=conditions.select(torch.tensor(rows[chosen]).to(device)),
+                whose=rows[chosen],
+                keys=keys[chosen].to(device),
+                given=None if given is None else given[chosen].to(device),
+            )
+            told = None if watch is None else _watch_batch(watch, first)
+            parts.append(
+                decode_batch(model, batch, grid=self.grid, settings=self.settings, prefixes=prefixes, watch=told)
+            )
+        codes = torch.cat(parts).unflatten(1, self.grid)
+        return GenerationResult(
+            images=None if self.tokenizer is None else decode_pictures(self.tokenizer, codes),
+            codes=codes,
+            prompts=None if prompts is None else [prompts[row] for row in rows],
+            labels=None if labels is None else [int(labels[row]) for row in rows],
+            seeds=image_seeds,
+            settings=self.settings,
+        )
+
+    def _given(self, given: Tensor | None, num_images: int, num_codes: int) -> Int[Tensor, "N P"] | None:
+        if given is None:
+            return None
+        flat = given.flatten(1).to(torch.int64)
+        if len(flat) not in (1, num_images) or flat.shape[1] != num_codes:
+            raise ArraError(
+                f"given_codes: got {tuple(given.shape)}, expected {num_images} rows (or one for all) of {num_codes} "
+                f"codes, {FREE} where the picture is to be painted"
+            )
+        most = self.model.settings.num_codes
+        if flat.numel() and (int(flat.min()) < FREE or int(flat.max()) >= most):
+            raise ArraError(
+                f"given_codes: {int(flat.min())}..{int(flat.max())} are outside 0..{most - 1} ({FREE} is free); they "
+                "come from another tokenizer"
+            )
+        return flat.expand(num_images, -1)
+
+
 def generate(
     model: Painter,
     tokenizer: ImageTokenizer | None = None,
@@ -49,74 +145,39 @@ def generate(
     prompts: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
     captions: tuple[Tensor, Tensor | None] | None = None,
-    cfg_scale: int | float = 1.0,
-    cfg_interval: int = -1,
-    temperature: int | float = 1.0,
-    top_k: int = 0,
-    top_p: int | float = 1.0,
-    min_p: int | float = 0.0,
     batch_size: int = 16,
     grid: tuple[int, int] | None = None,
     prefix_codes: Int[Tensor, "N n"] | None = None,
+    given_codes: Int[Tensor, "N P"] | Int[Tensor, "N h w"] | None = None,
     watch: Callable[[int, int, Tensor], None] | None = None,
+    **sampling: Any,
 ) -> GenerationResult:
     """Images for conditions and seeds: zipped when there are equally many, otherwise every condition with every seed.
 
-    The product is ordered condition by condition. Without a tokenizer `images` is None. `prefix_codes` are the first n
-    codes of every image, one row each or one row for all; the rest is painted. `grid` is the height and width in codes,
-    a choice where the model is a language model. `watch` is called as
-    watch(first image of the batch, code index, logits (B, K) after guidance).
+    The product is ordered condition by condition. Without a tokenizer `images` is None. `given_codes` are codes that
+    are as they are, one row for each image or one for all, with -1 where it is to be painted; `prefix_codes` are the
+    first n codes. `grid` is the height and width in codes, a choice where the model is a language model. `watch` is
+    called as watch(first image of the batch, code index, logits (B, K) after guidance). `sampling` are the fields of
+    `SamplingSettings`: cfg_scale, temperature (0 is greedy), top_k, ...
 
     An image is a function of the weights, its condition, its seed and the sampling settings, not of `batch_size`, of
     the order or of the other images: each has its own generator, every key is drawn before the first code, and
-    pictures are decoded one by one. What is left is that matrix products may round differently at other numbers of
-    rows (not on a CPU with oneDNN, see `arra/models/products.py`): of two codes whose noisy scores agree to about 1e-6
-    the other may win.
+    pictures are decoded in a way that does not depend on their number. What is left is that matrix products may round
+    differently at other numbers of rows (not on a CPU with oneDNN, see `arra/models/products.py`): of two codes whose
+    noisy scores agree to about 1e-6 the other may win.
 
     The model's mode, state dict and the global random state are left as they were.
     Raises: ArraError for conditions, seeds or settings that do not fit.
     """
-    if batch_size < 1:
-        raise ArraError(f"generate: batch_size: {batch_size} must be at least 1")
-    settings = _sampling(
-        cfg_scale=cfg_scale,
-        cfg_interval=cfg_interval,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-    )
-    with _evaluating(model), packed_weights(model), torch.no_grad():
-        conditions = model.condition(prompts=prompts, labels=labels, captions=captions, grid=grid)
-        grid = grid or model.settings.grid
-        rows, image_seeds = pair(len(conditions), seeds)
-        num_codes = grid[0] * grid[1]
-        forced = _forced_codes(model, prefix_codes, len(rows), num_codes)
-        keys = draw_keys(image_seeds, num_codes)
-        batches = []
-        for first in range(0, len(rows), batch_size):
-            chosen = torch.arange(first, min(first + batch_size, len(rows)))
-            condition = conditions.select(torch.tensor(rows)[chosen].to(model.device))
-            codes = paint(
-                model,
-                condition,
-                grid=grid,
-                keys=keys[chosen].to(model.device),
-                settings=settings,
-                prefix_codes=None if forced is None else forced[chosen].to(model.device),
-                watch=None if watch is None else _watch_batch(watch, first, len(chosen)),
-            )
-            batches.append(codes)
-        codes = torch.cat(batches).unflatten(1, grid)
-        images = None if tokenizer is None else torch.cat([tokenizer.decode(one[None]) for one in codes])
-    return GenerationResult(
-        images=images,
-        codes=codes,
-        prompts=None if prompts is None else [prompts[row] for row in rows],
-        labels=None if labels is None else [int(labels[row]) for row in rows],
-        seeds=image_seeds,
-        settings=settings,
-    )
+    settings = sampling_settings(**sampling)
+    if prefix_codes is not None:
+        if given_codes is not None:
+            raise ArraError("generate: prefix_codes and given_codes say the same thing; pass one of them")
+        given_codes = _continued(prefix_codes, grid or model.settings.grid)
+    with Engine(model, tokenizer, settings=settings, batch_size=batch_size, grid=grid) as engine:
+        return engine.generate(
+            seeds=seeds, prompts=prompts, labels=labels, captions=captions, given_codes=given_codes, watch=watch
+        )
 
 
 def pair(num_conditions: int, seeds: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -131,57 +192,22 @@ def pair(num_conditions: int, seeds: Sequence[int]) -> tuple[list[int], list[int
     return [row for row, _ in product], [seed for _, seed in product]
 
 
-def paint(
-    model: Painter,
-    condition: Condition,
-    *,
-    grid: tuple[int, int],
-    keys: Int[Tensor, "B P"],
-    settings: SamplingSettings,
-    prefix_codes: Int[Tensor, "B n"] | None = None,
-    watch: Callable[[int, Tensor], None] | None = None,
-) -> Int[Tensor, "B P"]:
-    """The codes of one batch; `watch(index, logits)` sees the logits each code is taken from, before the filters."""
-    num_images, num_codes = len(condition), keys.shape[1]
-    num_forced = 0 if prefix_codes is None else prefix_codes.shape[1]
-    codes = torch.empty(num_images, num_codes, dtype=torch.int64, device=model.device)
-    if prefix_codes is not None:
-        codes[:, :num_forced] = prefix_codes
-    if num_forced == num_codes:
-        return codes
-    guided_until = settings.guided_codes(num_codes)
-    rows = condition
-    if guided_until > num_forced:
-        rows = condition.join(model.null_condition(condition, grid=grid))
-    cache: Any  # each family has its own
-    cache, logits = model.prefill(rows, _for_each_row(codes[:, :num_forced], len(rows)), grid=grid)
-    for index in range(num_forced, num_codes):
-        if len(rows) > num_images:
-            logits = guide(logits[:num_images], logits[num_images:], cfg_scale=settings.cfg_scale)
-        if watch is not None:
-            watch(index, logits)
-        codes[:, index] = pick(logits, settings, keys=keys[:, index])
-        if index + 1 == num_codes:
-            break
-        if len(rows) > num_images and index + 1 >= guided_until:
-            rows, cache = condition, cache.rows(num_images)
-        fed = _for_each_row(codes[:, index], len(rows))
-        logits = model.decode_step(rows, cache, codes=fed, index=index, grid=grid)
-    return codes
+def decode_pictures(tokenizer: ImageTokenizer, codes: Int[Tensor, "N h w"]) -> UInt8[Tensor, "N H W 3"]:
+    """The pictures of codes, each the same bits whatever stands beside it."""
+    if not codes.is_cuda:
+        return torch.cat([tokenizer.decode(one[None]) for one in codes])
+    parts = []
+    for some in codes.split(PICTURES_TOGETHER):
+        filling = some[-1:].expand(PICTURES_TOGETHER - len(some), -1, -1)
+        parts.append(tokenizer.decode(torch.cat([some, filling]))[: len(some)])
+    return torch.cat(parts)
 
 
-def _for_each_row(codes: Tensor, num_rows: int) -> Tensor:
-    # conditional and null rows of an image share its codes
-    return codes.repeat(num_rows // len(codes), *[1] * (codes.dim() - 1))
+def sampling_settings(**fields: Any) -> SamplingSettings:
+    """The settings.
 
-
-def _watch_batch(
-    watch: Callable[[int, int, Tensor], None], first: int, num_images: int
-) -> Callable[[int, Tensor], None]:
-    return lambda index, logits: watch(first, index, logits[:num_images])
-
-
-def _sampling(**fields: Any) -> SamplingSettings:
+    Raises: ArraError, in one line, for what is none.
+    """
     try:
         return SamplingSettings(**fields)
     except ValidationError as error:
@@ -189,15 +215,17 @@ def _sampling(**fields: Any) -> SamplingSettings:
         raise ArraError(f"generate: {faults}") from error
 
 
-def _forced_codes(model: Painter, prefix_codes: Tensor | None, num_images: int, num_codes: int) -> Tensor | None:
-    if prefix_codes is None:
-        return None
-    if len(prefix_codes) not in (1, num_images) or prefix_codes.shape[1] > num_codes:
-        raise ArraError(
-            f"prefix_codes: got {tuple(prefix_codes.shape)}, expected {num_images} rows (or one for all) of at most "
-            f"{num_codes} codes"
-        )
-    return prefix_codes.to(torch.int64).expand(num_images, -1)
+def _watch_batch(watch: Callable[[int, int, Tensor], None], first: int) -> Callable[[int, Tensor], None]:
+    return lambda index, logits: watch(first, index, logits)
+
+
+def _continued(prefix: Tensor, grid: tuple[int, int]) -> Int[Tensor, "N P"]:
+    """Given codes of which the first ones are known."""
+    num_codes = grid[0] * grid[1]
+    if prefix.shape[1] > num_codes:
+        raise ArraError(f"prefix_codes: got {tuple(prefix.shape)}, expected rows of at most {num_codes} codes")
+    free = prefix.new_full((len(prefix), num_codes - prefix.shape[1]), FREE, dtype=torch.int64)
+    return torch.cat([prefix.to(torch.int64), free], 1)
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 Order and rules of the filters are LlamaGen's (min-p, which comes last, is ours).
 Letters: B batch, K codes, N steps.
-Source: FoundationVision/LlamaGen, autoregressive/models/generate.py (top_k_top_p_filtering, sample).
+Source: FoundationVision/LlamaGen, autoregressive/models/generate.py (top_k_top_p_filtering, sample); schedules that
+grow with the place in the picture: Muse (linear), RAR (cosine of a power).
 """
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -23,8 +26,18 @@ class SamplingSettings(Settings):
 
     cfg_scale: float = Field(default=1.0, ge=0)
     """uncond + cfg_scale * (cond - uncond); 1 is off and costs nothing."""
+    cfg_schedule: Literal["constant", "linear", "cosine", "power"] = "constant"
+    """How the scale grows from 1 at the first code to `cfg_scale` at the last: not at all (it is constant), or by
+    t, t^cfg_power or (1 - cos(pi t^cfg_power)) / 2 of the way, t = code / (codes - 1)."""
+    cfg_power: float = Field(default=1.0, gt=0)
+    """Of the power and the cosine schedule."""
+    cfg_start: float = Field(default=0.0, ge=0, le=1)
+    """No guidance for this first share of the codes."""
+    cfg_stop: float = Field(default=1.0, ge=0, le=1)
+    """No guidance from this share of the codes on."""
     cfg_interval: int = Field(default=-1, ge=-1)
-    """Guide codes 0..cfg_interval + 1 only (LlamaGen counts decode steps, after the prefill); -1 is all."""
+    """LlamaGen's way to stop: guide codes 0..cfg_interval + 1 (it counts decode steps, after the prefill); -1 is all.
+    """
     temperature: float = Field(default=1.0, ge=0)
     """0 is greedy: the most probable code, the lower one of two equal."""
     top_k: int = Field(default=0, ge=0)
@@ -34,11 +47,25 @@ class SamplingSettings(Settings):
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Keep codes at least min_p times as probable as the most probable one; 0 is off."""
 
-    def guided_codes(self, num_codes: int) -> int:
-        """How many of the first `num_codes` codes are drawn with guidance."""
-        if self.cfg_scale == 1:
-            return 0
-        return num_codes if self.cfg_interval < 0 else min(num_codes, self.cfg_interval + 2)
+    def cfg_scales(self, num_codes: int) -> list[float]:
+        """The scale at each code; exactly 1 where guidance is off."""
+        stop = self.cfg_stop * num_codes
+        if self.cfg_interval >= 0:
+            stop = min(stop, self.cfg_interval + 2)
+        return [
+            self._scale_at(code / max(num_codes - 1, 1)) if self.cfg_start * num_codes <= code < stop else 1.0
+            for code in range(num_codes)
+        ]
+
+    def _scale_at(self, t: float) -> float:
+        """The scale of the schedule at a place in [0, 1] of the picture."""
+        if self.cfg_schedule == "constant":
+            return self.cfg_scale
+        if self.cfg_schedule != "linear":
+            t = t**self.cfg_power
+        if self.cfg_schedule == "cosine":
+            t = (1 - math.cos(math.pi * t)) / 2
+        return 1 + (self.cfg_scale - 1) * t
 
 
 def guide(cond: Float[Tensor, "B K"], uncond: Float[Tensor, "B K"], *, cfg_scale: float) -> Float[Tensor, "B K"]:

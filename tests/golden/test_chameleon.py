@@ -104,11 +104,12 @@ def test_unconditional_context(gold: dict[str, Tensor], read: Callable[[str], Re
     nothing = Condition(tail[:, :1], torch.ones(1, 1, dtype=torch.bool))
     rows = model.null_condition(nothing)
     places = [place for place, token in enumerate(tail[0].tolist()) if CODES.start <= token < CODES.stop]
-    cache, found = model.prefill(rows, codes[:, :0], grid=(4, 4))
+    memory, found = model.prefill(rows, codes[:, :0], grid=(4, 4))
+    cache = memory.spread(torch.arange(len(rows)), length=model.memory_length(rows, (4, 4)))
     for index, place in enumerate(places):  # decoding step by step
         torch.testing.assert_close(found, theirs[:, place - 1, CODES], atol=1e-4, rtol=0)
         if index + 1 < len(places):
-            found = model.decode_step(rows, cache, codes=codes[:, index], index=index, grid=(4, 4))
+            found = model.decode(rows, cache, codes=codes[:, index, None], index=index, grid=(4, 4))
 
 
 @torch.no_grad()

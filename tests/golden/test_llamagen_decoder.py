@@ -12,7 +12,7 @@ from torch import Tensor
 from arra.models import load_decoder
 from arra.models.blocks import attention_mask, rotary_table
 from arra.models.decoder import Condition, Decoder, left_padded
-from arra.sample.generate import paint
+from arra.sample.decoding import Batch, decode_batch
 from arra.sample.logits import SamplingSettings, draw_keys, filter_logits
 
 FOLDER = Path(__file__).parent / "llamagen"
@@ -104,11 +104,11 @@ def test_ten_adamw_steps(c2i: Any) -> None:
 def greedy(model: Decoder, condition: Condition, **guidance: Any) -> tuple[Tensor, Tensor]:
     seen: list[Tensor] = []
     with torch.no_grad():
-        codes = paint(
+        keys = draw_keys([0] * len(condition), model.settings.num_positions)
+        codes = decode_batch(
             model,
-            condition,
+            Batch(condition, range(len(condition)), keys),
             grid=model.settings.grid,
-            keys=draw_keys([0] * len(condition), model.settings.num_positions),
             settings=SamplingSettings(temperature=0, **guidance),
             watch=lambda index, logits: seen.append(logits),
         )

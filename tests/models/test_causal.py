@@ -122,11 +122,13 @@ def test_ids_of_codes_in_any_order() -> None:
         theirs = model.lm(input_ids=tokens, use_cache=False).logits[0, places][:, order]
         torch.testing.assert_close(logits[row], theirs, atol=1e-4, rtol=1e-4)
     condition = model.condition(prompts=PROMPTS)
-    cache, found = model.prefill(condition, codes.flatten(1)[:, :2], grid=GRID)
+    memory, found = model.prefill(condition, codes.flatten(1)[:, :2], grid=GRID)
+    cache = memory.spread(torch.arange(3), length=model.memory_length(condition, GRID))
     for index in range(2, GRID[0] * GRID[1]):
         torch.testing.assert_close(found, logits[:, index], atol=1e-4, rtol=1e-3)
         if index + 1 < GRID[0] * GRID[1]:
-            found = model.decode_step(condition, cache, codes=codes.flatten(1)[:, index], index=index, grid=GRID)
+            fed = codes.flatten(1)[:, index, None]
+            found = model.decode(condition, cache, codes=fed, index=index, grid=GRID)
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def test_the_null_half_ends_with_the_interval() -> None:
     model, rows = painter(), []
     model.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
     generate(model, prompts=["a"], seeds=range(4), cfg_scale=2.0, cfg_interval=5)
-    assert rows == [8] * 7 + [4] * 8
+    assert rows == [2] + [8] * 6 + [4] * 8  # one prompt and its null row are read once
 
 
 def test_greedy_equals_the_teacher_forced_argmax() -> None:

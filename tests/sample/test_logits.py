@@ -17,7 +17,9 @@ def test_guidance() -> None:
     ("scale", "interval", "count"), [(1.0, -1, 0), (2.0, -1, 16), (2.0, 5, 7), (2.0, 0, 2), (2.0, 99, 16), (1.0, 5, 0)]
 )
 def test_guided_codes(scale: float, interval: int, count: int) -> None:
-    assert SamplingSettings(cfg_scale=scale, cfg_interval=interval).guided_codes(16) == count
+    assert [scale] * count + [1.0] * (16 - count) == SamplingSettings(
+        cfg_scale=scale, cfg_interval=interval
+    ).cfg_scales(16)
 
 
 def kept(logits: torch.Tensor, **settings: float) -> list[int]:
