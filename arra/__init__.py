@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from arra.encoders import clean_caption, load_encoder, load_text_encoder
     from arra.errors import ArraError
     from arra.models import load_model, save_model
+    from arra.models.hub import register_with_transformers
     from arra.sample.generate import generate
     from arra.tokenizers import load_tokenizer
 
@@ -28,6 +29,7 @@ __all__ = [
     "load_model",
     "load_text_encoder",
     "load_tokenizer",
+    "register_with_transformers",
     "save_model",
 ]
 
@@ -40,6 +42,7 @@ _HOMES = {
     "load_model": "arra.models",
     "load_text_encoder": "arra.encoders",
     "load_tokenizer": "arra.tokenizers",
+    "register_with_transformers": "arra.models.hub",
     "save_model": "arra.models",
 }
 

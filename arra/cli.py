@@ -4,6 +4,7 @@ Heavy imports happen inside the commands, so that `arra --help` answers at once.
 """
 
 import inspect
+import logging
 import os
 import sys
 import time
@@ -378,13 +379,43 @@ def train(
 def generate(
     run: Annotated[Path, typer.Argument(help="A finished run, or a folder of `arra import` or `arra init`.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to paint; may be repeated.")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="A file with one prompt per line.")] = None,
-    label: Annotated[
-        list[str] | None, typer.Option("--label", help="A class: its number, numbers as in 0-9, or its name.")
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="A file: a prompt per line, .jsonl, or .tsv or .csv with a column.")
     ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="Seeds, as in 0-7 or 1,5,9.")] = "0-7",
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", help="A class: its number, numbers as in 0-9, its name, or all.")
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="What a split's records say, as in heldout.")] = None,
+    store: Annotated[
+        str | None, typer.Option("--store", help="Whose split; default: the store that the run was trained on.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Seeds, as in 0-7 (the default) or 1,5,9, for every prompt.")
+    ] = None,
+    num_images: Annotated[
+        int | None,
+        typer.Option("--num-images", min=1, help="So many in all: prompts or classes in turn, a new seed each."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures; run again to continue.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Start anew where the folder holds pictures of another request.")
+    ] = False,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="Settings of a reference, as llamagen-c2i, lumina, chameleon, plain.")
+    ] = None,
     cfg_scale: Annotated[float | None, typer.Option("--cfg-scale", min=0, help="Guidance; 1 is off.")] = None,
+    cfg_schedule: Annotated[
+        str | None, typer.Option("--cfg-schedule", help="How guidance grows: constant, linear, cosine or power.")
+    ] = None,
+    cfg_power: Annotated[
+        float | None, typer.Option("--cfg-power", min=0, help="Of the cosine and the power schedule.")
+    ] = None,
+    cfg_start: Annotated[
+        float | None, typer.Option("--cfg-start", min=0, max=1, help="No guidance for this first share of the codes.")
+    ] = None,
+    cfg_stop: Annotated[
+        float | None, typer.Option("--cfg-stop", min=0, max=1, help="No guidance from this share of the codes on.")
+    ] = None,
     cfg_interval: Annotated[
         int | None, typer.Option("--cfg-interval", min=-1, help="Guide codes 0 to this + 1 alone; -1 guides all.")
     ] = None,
@@ -392,10 +423,33 @@ def generate(
     top_k: Annotated[int | None, typer.Option("--top-k", min=0, help="0 is off.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", min=0.0, max=1, help="1 is off.")] = None,
     min_p: Annotated[float | None, typer.Option("--min-p", min=0.0, max=1, help="0 is off.")] = None,
+    complete: Annotated[
+        Path | None, typer.Option("--complete", help="A picture of which a part stays; the rest is painted.")
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option("--keep", help="For --complete: side and share that stays, as top:0.5 (the default).")
+    ] = None,
+    inpaint: Annotated[Path | None, typer.Option("--inpaint", help="A picture of which a box is painted anew.")] = None,
+    box: Annotated[
+        str | None, typer.Option("--box", help="For --inpaint: x0,y0,x1,y1 in pixels of the model's picture.")
+    ] = None,
+    vary: Annotated[Path | None, typer.Option("--vary", help="A picture of which some codes are painted anew.")] = None,
+    strength: Annotated[
+        float | None, typer.Option("--strength", help="For --vary: the share of codes, 0 to 1; 0.5 is the default.")
+    ] = None,
     image_size: Annotated[
         str | None, typer.Option("--image-size", help="For language models: pixels, as 512 or as 768x512 (wide).")
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Keep matrices as float32, bfloat16, float16, int8 or int4.")
+    ] = None,
+    jacobi_window: Annotated[
+        int, typer.Option("--jacobi-window", min=0, help="Guess so many codes ahead (Jacobi decoding); 0 is off.")
+    ] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures painted together.")] = 16,
+    shard: ShardOption = None,
+    npz: Annotated[bool, typer.Option("--npz", help="Also samples.npz, as ADM's evaluation reads it.")] = False,
+    grid: Annotated[bool, typer.Option("--grid/--no-grid", help="grid.png, with the first pictures.")] = True,
     text_encoder: Annotated[
         Path | None, typer.Option("--text-encoder", help="Folder of the text encoder of a caption model.")
     ] = None,
@@ -403,32 +457,54 @@ def generate(
     tokenizer_weights: TokenizerWeightsOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Paint prompts or classes with a trained model: NNNNNN.png, samples.jsonl, grid.png.
+    """Paint prompts or classes with a trained model: NNNNNN.png, samples.jsonl, grid.png. Run again to continue.
 
     Example: arra generate runs/demo/aligned --prompt "a red heart on fire"
 
     Example: arra generate runs/arra-base-b --label 207 --label "tabby cat" --seeds 0-3 --cfg-scale 2
-    """
-    from arra.stages.paint import load_painter, paint, parse_grid, parse_seeds
-    from arra.stages.wishes import make_wishes, read_asked
 
-    texts, labels = read_asked(prompt or [], prompts, label or [])
-    numbers = parse_seeds(seeds)
-    loaded = load_painter(run, tokenizer=tokenizer, tokenizer_weights=tokenizer_weights).on(device)
-    wishes = make_wishes(loaded.model, texts, labels, section=loaded.text_encoder, folder=text_encoder)
-    chosen = {
-        "cfg_scale": cfg_scale,
-        "cfg_interval": cfg_interval,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-    }
-    folder = out or run / "samples" / "generated"
-    grid = parse_grid(loaded.model, image_size)
-    written = paint(loaded, wishes, numbers, folder, overrides=chosen, batch_size=batch_size, grid=grid)
-    count = len(written) - 1
-    typer.echo(f"{count} picture{'' if count == 1 else 's'} in {folder}, all together in {written[-1]}")
+    On several devices or machines torchrun starts it: torchrun --nproc-per-node 8 -m arra generate runs/b --label all
+    """
+    from arra.display import Display
+    from arra.stages.given import given_request
+    from arra.stages.paint import paint
+    from arra.stages.process import silent
+    from arra.stages.request import PaintRequest, chosen_seeds, parse_options
+    from arra.stages.wishes import read_asked
+
+    request = PaintRequest(
+        run,
+        read_asked(prompt or [], prompts, label or [], split=split, store=store),
+        seeds=chosen_seeds(seeds, num_images),
+        num_images=num_images,
+        preset=preset,
+        sampling={
+            "cfg_scale": cfg_scale,
+            "cfg_schedule": cfg_schedule,
+            "cfg_power": cfg_power,
+            "cfg_start": cfg_start,
+            "cfg_stop": cfg_stop,
+            "cfg_interval": cfg_interval,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+        },
+        image_size=image_size,
+        given=given_request(complete=complete, keep=keep, inpaint=inpaint, box=box, vary=vary, strength=strength),
+        weights=weights,
+        jacobi_window=jacobi_window,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        tokenizer_weights=tokenizer_weights,
+    )
+    options = parse_options(
+        out=out, batch_size=batch_size, device=device, shard=shard, replace=replace, npz=npz, grid=grid
+    )
+    with Display(_console()) if is_first_process() else nullcontext() as display:
+        painted = paint(request, options=options, progress=silent if display is None else display.row("generate"))
+    if is_first_process():
+        typer.echo(painted.summary())
 
 
 @app.command()
@@ -733,13 +809,14 @@ def import_weights(
 @app.command(name="export")
 def export_weights(
     source: Annotated[Path, typer.Argument(help="A run, or the folder of a model or a tokenizer.")],
-    out: Annotated[Path, typer.Argument(help="File to write, or a language model's folder; must be new.")],
+    out: Annotated[Path, typer.Argument(help="File to write, for hf and lumina a folder; must be new.")],
     to: Annotated[
-        str | None, typer.Option("--to", help="llamagen; of a language model hf (default) or lumina; chameleon.")
+        str | None,
+        typer.Option("--to", help="hf (language models' default), lumina; llamagen (others' default), chameleon."),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="float32, float16 or bfloat16; default: float32, a language model's own."),
+        typer.Option("--dtype", help="float32, float16 or bfloat16; default: float32, for hf and lumina as it is."),
     ] = None,
     layout: Annotated[
         str, typer.Option("--layout", help='train: {"model": weights}; fsdp: the weights alone (--from-fsdp).')
@@ -748,6 +825,8 @@ def export_weights(
     """A checkpoint that the original LlamaGen, transformers or Lumina-mGPT loads, and how.
 
     Example: arra export runs/llamagen_c2i model.pt --to llamagen
+
+    Example: arra export runs/llamagen_c2i exported --to hf
 
     Example: arra export runs/arra-adapt exported --to lumina --dtype bfloat16
     """
@@ -874,6 +953,8 @@ def _console():  # type: ignore[no-untyped-def]
 def main() -> None:
     """Runs a command; the process ends with its code: 0, 2 for a mistake of the user's, 130 when interrupted."""
     warnings.formatwarning = _formatted
+    # transformers loads torchao where it is installed, and torch grumbles at how that is written
+    logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in record.getMessage())
     try:
         app(standalone_mode=True)
     except ArraError as error:

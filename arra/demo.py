@@ -31,7 +31,7 @@ from arra.evaluate.compare import Difference, SeedDifference
 from arra.runs import Run, atomic_write, writing
 from arra.stages.captions import caption_lengths
 from arra.stages.evaluate import held_out_splits, prepare_caption_judge
-from arra.stages.paint import load_run
+from arra.stages.painters import load_run
 from arra.stages.prepare import prepare
 from arra.stages.report import compare_rows, report
 from arra.stages.tasks import Task, evaluate_tasks, finished, num_parallel, train_tasks

@@ -17,7 +17,7 @@ EXTRAS = {
     "encoders": ("transformers", "open_clip", "timm", "torchvision", "torchxrayvision"),
     "text": ("transformers", "ftfy", "sentencepiece"),
     "llm": ("transformers", "peft", "accelerate"),
-    "lean": ("bitsandbytes",),
+    "lean": ("bitsandbytes", "torchao"),
     "fast": ("liger_kernel",),
     "metrics": ("torch_fidelity", "torchmetrics", "torchxrayvision"),
     "app": ("gradio",),

@@ -197,7 +197,7 @@ def test_the_commands_of_a_finished_demo(pipeline, toy_copy, run_arra, monkeypat
     prompts.write_text("red circle left\nblue bar middle\n")
     answer = run_arra("generate", "runs/aligned", "--prompts", "prompts.txt", "--seeds", "0-2", "--cfg-scale", "1")
     assert answer.code == 0
-    assert answer.out.startswith("6 pictures in runs/aligned/samples/generated")
+    assert answer.out.splitlines()[-1].startswith("6 pictures in runs/aligned/samples/generated (6 painted now")
     assert len(list((toy_copy.aligned / "samples" / "generated").glob("*.png"))) == 7
     answer = run_arra("evaluate", "runs/baseline", "runs/aligned")
     assert answer.code == 0

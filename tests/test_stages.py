@@ -18,11 +18,13 @@ from arra.evaluate.card import Evaluation
 from arra.runs import Run, file_hash
 from arra.stages import training_data
 from arra.stages.evaluate import evaluate
-from arra.stages.paint import load_run, paint_prompts, parse_seeds
+from arra.stages.paint import paint
+from arra.stages.painters import load_run
 from arra.stages.prepare import PrepareOptions, prepare
 from arra.stages.report import report
+from arra.stages.request import PaintOptions, PaintRequest
 from arra.stages.train import train
-from arra.stages.wishes import read_prompts
+from arra.stages.wishes import Asked
 from arra.train.interrupt import TrainingInterrupted
 from arra.train.loop import Trainer
 
@@ -324,83 +326,8 @@ def test_a_tokenizer_is_trained_into_the_store_and_travels_with_the_run(
     store = prepare(recipe("tokenizer.train.steps=2"), tmp_path / "store", options=anew, progress=count).checked()
     assert steps == [1, 2]
     assert load_run(run.path).store is None
-    painted = paint_prompts(load_run(run.path), ["red circle"], [0], tmp_path / "painted", overrides={})
-    assert len(painted) == 2
-
-
-def test_painting_writes_pictures_with_what_made_them(pipeline, tmp_path: Path):
-    loaded = load_run(pipeline.aligned)
-    chosen = {"cfg_scale": 1.5, "temperature": None, "top_k": 50, "top_p": None}
-    written = paint_prompts(loaded, ["red circle left", "blue bar"], [0, 5, 7], tmp_path, overrides=chosen)
-    assert [path.name for path in written] == [*(f"{number:06d}.png" for number in range(6)), "grid.png"]
-    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [(row["file"], row["prompt"], row["seed"]) for row in rows][:4] == [
-        ("000000.png", "red circle left", 0),
-        ("000001.png", "red circle left", 5),
-        ("000002.png", "red circle left", 7),
-        ("000003.png", "blue bar", 0),
-    ]
-    assert {(row["cfg_scale"], row["temperature"], row["top_k"]) for row in rows} == {
-        (1.5, loaded.recipe.sample.temperature, 50)
-    }
-    with Image.open(tmp_path / "000004.png") as image:
-        assert image.size == (16, 16)
-        assert image.text["arra:prompt"] == "blue bar"  # type: ignore[attr-defined]
-        assert image.text["arra:model_sha256"] == file_hash(pipeline.aligned / "model.safetensors")  # type: ignore[attr-defined]
-        alone = image.tobytes()
-    (tmp_path / "000009.png").write_bytes(b"mine")
-    paint_prompts(loaded, ["blue bar"], [5], tmp_path, overrides=chosen)
-    with Image.open(tmp_path / "000000.png") as image:
-        assert image.tobytes() == alone  # a picture depends on its own prompt and seed alone
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "000000.png",
-        "000009.png",  # not ours
-        "grid.png",
-        "samples.jsonl",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ("!?", "prompt '!?': no word in it; say what to paint"),
-        ("the", "prompt 'the': no word in it; say what to paint"),
-        ("red bar " * 30, "prompt 'red bar red bar red bar red bar red b...': "),
-    ],
-)
-def test_prompts_that_make_no_picture_are_refused(pipeline, tmp_path: Path, prompt: str, message: str):
-    with pytest.raises(ArraError) as error:
-        paint_prompts(load_run(pipeline.aligned), ["red bar", prompt], [0], tmp_path / "out", overrides={})
-    assert line_of(error).startswith(message)
-    assert "say what to paint" in line_of(error) or "tokens, this model has room for 7; shorten it" in line_of(error)
-    assert not (tmp_path / "out").exists()
-
-
-def test_seeds_are_read_as_written():
-    assert parse_seeds("0-3") == [0, 1, 2, 3]
-    assert parse_seeds("5, 1,9-10") == [5, 1, 9, 10]
-    assert parse_seeds(str(2**63 - 1)) == [2**63 - 1]
-    for text in ("", "a", "3-1", "-1", "1,", "1-", "1.5"):
-        with pytest.raises(ArraError, match=r"^--seeds .*: expected numbers as in 0-7 or 1,5,9$"):
-            parse_seeds(text)
-    for text in ("0-99999999999", str(2**63)):
-        with pytest.raises(ArraError, match="expected at most 10000 seeds"):
-            parse_seeds(text)
-
-
-def test_prompt_files_are_read_line_by_line(tmp_path: Path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("red circle\r\nblue bar\n", encoding="utf-8-sig")
-    assert read_prompts(["first"], path) == ["first", "red circle", "blue bar"]
-    for content, message in {
-        b"red\n\nblue\n": "line 2 is empty; expected one prompt per line, remove it",
-        b"": "empty; expected one prompt per line",
-        b"\xff\xfe": "cannot be read (not UTF-8); expected a text file with one prompt per line",
-    }.items():
-        path.write_bytes(content)
-        with pytest.raises(ArraError) as error:
-            read_prompts([], path)
-        assert line_of(error) == f"{path}: {message}"
+    asked = PaintRequest(run.path, Asked(prompts=("red circle",)), seeds=[0])
+    assert paint(asked, options=PaintOptions(tmp_path / "painted")).num_painted == 1
 
 
 def test_reports_compare_seeds_of_rows(pipeline, toy_copy, tmp_path: Path):

@@ -6,8 +6,8 @@ import pytest
 
 from arra.errors import ArraError
 from arra.models import Decoder, DecoderSettings, save_model
-from arra.stages.paint import load_painter
-from arra.stages.wishes import label_wishes, make_wishes, prompt_wishes, read_asked
+from arra.stages.painters import load_painter
+from arra.stages.wishes import Asked, label_wishes, prompt_wishes, read_asked
 from arra.tokenizers.image import ImageTokenizer
 from arra.tokenizers.vq import VQModel, VQSettings
 from tests.encoders.toy_t5 import make_toy_t5
@@ -75,14 +75,14 @@ def test_what_a_model_does_not_take() -> None:
         read_asked(["x"], None, ["1"])
     with pytest.raises(ArraError, match="generate: no prompt; give --prompt TEXT or --prompts FILE, or --label"):
         read_asked([], None, [])
-    assert read_asked([], None, ["1", "2"]) == ([], ["1", "2"])
-    assert read_asked(["a", "b"], None, []) == (["a", "b"], [])
+    assert read_asked([], None, ["1", "2"]) == Asked(labels=("1", "2"))
+    assert read_asked(["a", "b"], None, []) == Asked(prompts=("a", "b"))
     with pytest.raises(ArraError, match=r"--prompt: this model paints classes; give --label, one of 0\.\.4"):
         prompt_wishes(model(), ["a cat"])
     with pytest.raises(ArraError, match="--label: this model is conditioned on caption; give --prompt"):
         label_wishes(model(condition="caption"), ["1"])
     with pytest.raises(ArraError, match="reads captions through flan-t5-xl; give its folder with --text-encoder"):
-        make_wishes(model(condition="caption"), ["a cat"], [])
+        prompt_wishes(model(condition="caption"), ["a cat"])
 
 
 def test_a_text_encoder_of_another_width(tmp_path: Path) -> None:

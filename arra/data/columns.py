@@ -120,10 +120,12 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 @contextmanager
-def folder_lock(path: Path, *, name: str = ".lock", wait: bool = True) -> Iterator[None]:
+def folder_lock(
+    path: Path, *, name: str = ".lock", wait: bool = True, busy: str = "is preparing this store"
+) -> Iterator[None]:
     """A block that one process at a time is in; others wait, or with `wait` false are refused.
 
-    The system releases the lock if the process dies.
+    The system releases the lock if the process dies. `busy` says what the other process does.
 
     Raises:
         ArraError: another process is in it, or the folder cannot be written.
@@ -137,9 +139,7 @@ def folder_lock(path: Path, *, name: str = ".lock", wait: bool = True) -> Iterat
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            raise ArraError(
-                f"{path}: another process is preparing this store; wait for it, or use another folder"
-            ) from None
+            raise ArraError(f"{path}: another process {busy}; wait for it, or use another folder") from None
         yield
 
 

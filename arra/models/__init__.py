@@ -18,6 +18,7 @@ from arra.models.fitting import Fitting
 from arra.models.language_folder import CARD_FILE, load_language_model, save_language_model
 from arra.models.language_folder import KIND as LANGUAGE_KIND
 from arra.models.llamagen import SIZES, build_decoder, decoder_settings, infer_settings, told_settings
+from arra.models.narrow import refuse_narrowed
 from arra.models.weights import Entry, Weights, read_weights
 from arra.runs import atomic_file, atomic_write
 
@@ -174,8 +175,9 @@ def save_model(model: Painter, folder: str | Path) -> Path:
     """The folder, now holding model.safetensors, model.json and, for text, tokenizer.json.
 
     Of a language model it is a Hugging Face folder besides. Each file appears whole or not at all; the card comes last.
-    Raises: ArraError when the folder cannot be written.
+    Raises: ArraError when the folder cannot be written, or for a model that was narrowed to paint.
     """
+    refuse_narrowed(model)
     folder = Path(folder)
     if isinstance(model, CausalLM):
         save_language_model(model, folder)

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
 
 from arra.models import lean
-from arra.models.cache import KVCache
+from arra.models.cache import KVCache, LayerWindow
 from arra.models.dropout import dropped
-from arra.models.products import inferred, inferred_pair, is_unheard
+from arra.models.products import inferred, inferred_pair, inferred_sum, is_unheard
 from arra.models.settings import DecoderSettings
 
 
@@ -130,7 +130,7 @@ class Attention(nn.Module):
         norm: RMSNorm,
         table: Tensor,
         mask: Tensor | None,
-        cache: KVCache | None,
+        cache: KVCache | LayerWindow | None,
         layer: int,
         start: int,
     ) -> Tensor:
@@ -153,23 +153,23 @@ class Attention(nn.Module):
         self,
         normed: Float[Tensor, "R D"],
         batch: int,
-        table: Tensor,
+        turns: Complex[Tensor, "E2"],
         mask: Tensor | None,
         cache: KVCache,
         layer: int,
         start: int,
-    ) -> Float[Tensor, "R D"]:
-        """What attention adds at one position of `batch` sequences; rows after theirs are filling."""
-        width, turning = self.head_dim, self.num_heads + self.kv_heads
-        heads = inferred(normed, self.wqkv)[:batch].view(batch, 1, -1, width)
-        lean.turn_heads(heads, table, turning)
-        query, key, value = heads.transpose(1, 2).split([self.num_heads, self.kv_heads, self.kv_heads], dim=1)
-        key, value = cache.write(layer, start, key, value)
-        attended = torch.zeros_like(normed)
-        attended[:batch] = F.scaled_dot_product_attention(
+    ) -> Float[Tensor, "B D"]:
+        """What `wo` is to be given at one position of `batch` sequences; rows after theirs are filling."""
+        turning = self.num_heads + self.kv_heads
+        heads = inferred(normed, self.wqkv)[:batch].view(batch, -1, self.head_dim)
+        lean.turn_step(heads[:, :turning], turns)
+        query = heads[:, : self.num_heads, None]
+        both = heads[:, self.num_heads :].unflatten(1, (2, self.kv_heads))
+        key, value = cache.write_step(layer, start, both)
+        attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, enable_gqa=self.kv_heads != self.num_heads
-        ).view(batch, -1)
-        return inferred(attended, self.wo)
+        )
+        return attended.view(batch, -1)
 
     def _heads(self, x: Tensor, norm: RMSNorm, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, S, E) of the normed stream, the first two turned by the rotary table."""
@@ -227,7 +227,7 @@ class Block(nn.Module):
         x: Tensor,
         table: Tensor,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | LayerWindow | None = None,
         layer: int = 0,
         start: int = 0,
         seeds: Tensor | None = None,
@@ -245,16 +245,19 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "R D"],
         batch: int,
-        table: Tensor,
+        turns: Complex[Tensor, "E2"],
         mask: Tensor | None,
         cache: KVCache,
         layer: int,
         start: int,
-    ) -> None:
-        """Nothing; one position's stream is overwritten by what follows this block. For inference in float32."""
-        x += self.attention.step(self.attention_norm(x), batch, table, mask, cache, layer, start)
+    ) -> Float[Tensor, "R D"]:
+        """One position's stream after this block. For inference in float32."""
+        attended = self.attention.step(self.attention_norm(x), batch, turns, mask, cache, layer, start)
+        if len(x) > batch:
+            attended = F.pad(attended, (0, 0, 0, len(x) - batch))
+        x = inferred_sum(x, attended, self.attention.wo)
         gate, value = inferred_pair(self.ffn_norm(x), *self.feed_forward.side_by_side)
-        x += inferred(F.silu(gate).mul_(value), self.feed_forward.w2)
+        return inferred_sum(x, F.silu(gate).mul_(value), self.feed_forward.w2)
 
     def _joined(self, x: Tensor, added: Tensor, branch: int, seeds: Tensor | None, paths: Tensor | None) -> Tensor:
         p = self.dropouts[branch]

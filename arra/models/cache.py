@@ -15,8 +15,8 @@ from torch import Tensor
 class KVCache:
     """Keys and values of every layer for positions 0..T-1; what lies past the last write is undefined."""
 
-    keys: Float[Tensor, "N B H T E"]
-    values: Float[Tensor, "N B H T E"]
+    both: Float[Tensor, "N 2 B H T E"]
+    """Keys, then values: what one position adds is one copy."""
 
     @classmethod
     def allocate(
@@ -31,37 +31,69 @@ class KVCache:
         dtype: torch.dtype,
     ) -> "KVCache":
         """A cache of zeros for `length` positions."""
-        shape = (num_layers, batch_size, num_kv_heads, length, head_dim)
-        return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+        shape = (num_layers, 2, batch_size, num_kv_heads, length, head_dim)
+        return cls(torch.zeros(shape, device=device, dtype=dtype))
 
     @property
     def length(self) -> int:
         """Number of positions there is room for."""
-        return self.keys.shape[3]
+        return self.both.shape[4]
 
     def write(
         self, layer: int, start: int, keys: Float[Tensor, "B H S E"], values: Float[Tensor, "B H S E"]
     ) -> tuple[Tensor, Tensor]:
         """Views of one layer's keys and values at positions 0..start+S-1, after storing the S new ones."""
         end = start + keys.shape[2]
-        self.keys[layer, :, :, start:end] = keys
-        self.values[layer, :, :, start:end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        self.both[layer, 0, :, :, start:end] = keys
+        self.both[layer, 1, :, :, start:end] = values
+        return self.both[layer, 0, :, :, :end], self.both[layer, 1, :, :, :end]
+
+    def write_step(self, layer: int, start: int, both: Float[Tensor, "B 2 H E"]) -> tuple[Tensor, Tensor]:
+        """Views of one layer's keys and values at positions 0..start, after storing those of the last."""
+        filled = self.both[layer, :, :, :, : start + 1]
+        filled[:, :, :, start] = both.transpose(0, 1)
+        return filled[0], filled[1]
 
     def rows(self, count: int) -> "KVCache":
         """A view of the first `count` rows of the batch (the null half is dropped when guidance ends)."""
-        return KVCache(self.keys[:, :count], self.values[:, :count])
+        return KVCache(self.both[:, :, :count])
+
+    def select(self, places: Int[Tensor, "R"]) -> "KVCache":
+        """A cache whose row i is a copy of row `places[i]`."""
+        return KVCache(self.both[:, :, places])
 
     def spread(self, places: Int[Tensor, "R"], *, length: int) -> "KVCache":
         """A cache of `length` positions whose row i is a copy of row `places[i]`; what is new of it is undefined."""
-        return KVCache(*(self._spread(part, places, length) for part in (self.keys, self.values)))
+        layers, two, _, heads, filled, width = self.both.shape
+        found = self.both.new_zeros(layers, two, len(places), heads, length, width)
+        found[:, :, :, :, :filled] = self.both[:, :, places]
+        return KVCache(found)
 
     def join(self, other: "KVCache") -> "KVCache":
         """A copy with these rows followed by those of a cache of as many positions."""
-        return KVCache(torch.cat([self.keys, other.keys], 1), torch.cat([self.values, other.values], 1))
+        return KVCache(torch.cat([self.both, other.both], 2))
 
-    def _spread(self, part: Tensor, places: Tensor, length: int) -> Tensor:
-        layers, _, heads, filled, width = part.shape
-        found = part.new_zeros(layers, len(places), heads, length, width)
-        found[:, :, :, :filled] = part[:, places]
-        return found
+    def copy_rows(self, other: "KVCache", *, first: int, filled: int) -> None:
+        """Nothing; rows from `first` on hold what another cache's rows do at positions 0..filled-1."""
+        rows = slice(first, first + other.both.shape[2])
+        self.both[:, :, rows, :, :filled] = other.both[:, :, :, :, :filled]
+
+
+@dataclass(frozen=True)
+class LayerWindow:
+    """One layer of a cache as a program of fixed shapes sees it: where to write is a number on the device."""
+
+    keys: Float[Tensor, "B H T E"]
+    values: Float[Tensor, "B H T E"]
+    place: Int[Tensor, "1"]
+    """The position that is written next."""
+    reach: int
+    """How many positions are looked at; a mask hides those that are not filled."""
+
+    def write(
+        self, layer: int, start: int, keys: Float[Tensor, "B H 1 E"], values: Float[Tensor, "B H 1 E"]
+    ) -> tuple[Tensor, Tensor]:
+        """Views of the first `reach` positions, after storing one; layer and start are the window's own."""
+        self.keys.index_copy_(2, self.place, keys)
+        self.values.index_copy_(2, self.place, values)
+        return self.keys[:, :, : self.reach], self.values[:, :, : self.reach]

@@ -6,12 +6,14 @@ here, where it is wanted and for the tokens that are wanted (so Chameleon's mask
 Letters: B batch, S positions given, C prefix length, P = h*w image positions, D width, K codes, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
@@ -19,10 +21,14 @@ from arra.data.layout import CODE, Grid, ImageLayout
 from arra.errors import ArraError
 from arra.models.decoder import Condition, ModelOutput, TextTokenizer, checked_codes
 from arra.models.dropout import RowDropout, random_seeds, site_seeds
-from arra.models.growing import all_growing, growing_cache, join_caches, spread_cache
-from arra.models.head import CalledHead, Head, head_of
+from arra.models.growing import all_growing, growing_cache, window_cache
+from arra.models.head import CalledHead, Head, head_of, packed_head
+from arra.models.language_cache import CodeHead, ImageBody, LanguageCache, Places
+from arra.models.packing import packed_calls
 from arra.settings import Settings
 
+PREFIX_STEP = 32
+"""Lengths of prefixes that steps of fixed shapes are made for are multiples of it."""
 BRANCHES = ("self_attn", "attn", "attention", "mlp", "feed_forward")
 """What blocks of `transformers` call their two branches."""
 
@@ -52,44 +58,6 @@ class LanguageSettings(Settings):
         return self.grid[0] * self.grid[1]
 
 
-@dataclass
-class LanguageCache:
-    """What has been read so far: attention's memory, how far it reaches, and the head's rows for codes."""
-
-    layers: Any
-    """A cache of `transformers`."""
-    filled: int
-    code_head: Head | CalledHead
-    code_ids: Int[Tensor, " K"]
-    """The token of every code."""
-
-    def rows(self, count: int) -> "LanguageCache":
-        """The same with the first `count` rows of the batch alone; this one must not be used any more."""
-        self.layers.batch_select_indices(torch.arange(count))
-        return self
-
-    def spread(self, places: Int[Tensor, "R"], *, length: int) -> "LanguageCache":
-        """One with room for `length` positions whose row i is a copy of row `places[i]`; for growing layers alone."""
-        return replace(self, layers=spread_cache(self.layers, places, room=length))
-
-    def rewind(self, length: int) -> None:
-        """Nothing; what was read after the first `length` positions is forgotten.
-
-        Raises: ValueError where a memory that does not keep everything would have to.
-        """
-        if length == self.filled:
-            return
-        if not all(hasattr(layer, "room") for layer in self.layers.layers):
-            raise ValueError("this memory cannot go back")
-        for layer in self.layers.layers:
-            layer.filled = length
-        self.filled = length
-
-    def join(self, other: "LanguageCache") -> "LanguageCache":
-        """These rows followed by those of one with as much room; for growing layers alone."""
-        return replace(self, layers=join_caches(self.layers, other.layers))
-
-
 class CausalLM(nn.Module):
     """A causal LM of `transformers` that predicts image codes after a prompt."""
 
@@ -110,6 +78,8 @@ class CausalLM(nn.Module):
         self.about: dict[str, Any] = dict(about or {})
         self.companions: dict[str, str] = {}
         """Texts of the small files that Hugging Face keeps beside tokenizer.json, by name."""
+        self._kept: CodeHead | None = None
+        """The head over the codes while the weights are packed: they do not change there."""
         self._sites: list[RowDropout] = []
         """Where it drops by rows, in the order in which they were made."""
         layout.check_grid(grid)
@@ -204,6 +174,32 @@ class CausalLM(nn.Module):
         """The head over the codes, in their order."""
         return self.lm_head.rows(self.layout.code_ids().to(self.device))
 
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """A block in which it paints fastest: matrices packed, and the head over the codes made once.
+
+        What `packed_calls` says of weights and memory holds. For painting alone: nothing may be trained, wrapped or
+        moved within.
+        """
+        if self._kept is not None:
+            yield
+            return
+        head = self._output_layer
+        with packed_calls(part for part in self.base.modules() if part is not head) as packs:
+            try:
+                with torch.no_grad():
+                    rows = self._code_head()
+                    self._kept = CodeHead(packed_head(rows.logits), rows.ids) if packs else rows  # type: ignore[arg-type]
+                yield
+            finally:
+                self._kept = None
+
+    def _code_head(self) -> CodeHead:
+        if self._kept is not None:
+            return self._kept
+        ids = self.layout.code_ids().to(self.device)
+        return CodeHead(self.lm_head.rows(ids), ids)
+
     @property
     def _output_layer(self) -> nn.Module:
         layer: nn.Module = self.lm.get_output_embeddings()  # type: ignore[operator]
@@ -216,31 +212,27 @@ class CausalLM(nn.Module):
         prefix_mask: Bool[Tensor, "B C"] | None = None,
         capture: Sequence[int] = (),
         cache: LanguageCache | None = None,
-        start: int = 0,
         dropout_seeds: Int64[Tensor, "B"] | None = None,
     ) -> ModelOutput:
-        """Hidden states of positions start..start+S-1; the state at position t predicts the token at t+1.
+        """Hidden states of the tokens given; the state at position t predicts the token at t+1.
 
         Without a mask rows begin at the first position, and what stands behind a row changes nothing in it. False in
-        `prefix_mask` marks padding on the left, which takes no position. With a cache, positions below `start` are
-        read from it and the new ones are stored. While training, `dropout_seeds` say what of each row is dropped, also
-        when a block is computed again in the backward pass before the next call; None draws them.
+        `prefix_mask` marks padding on the left, which takes no position. With a cache, which knows the padding by
+        itself, the tokens follow those that it holds, and it takes them in. While training, `dropout_seeds` say what of
+        each row is dropped, also when a block is computed again in the backward pass before the next call; None draws
+        them.
         """
         self._note_seeds(tokens, dropout_seeds)
-        end = start + tokens.shape[1]
-        told: dict[str, Any] = {"use_cache": cache is not None}
-        if cache is not None:
-            told["past_key_values"] = cache.layers
-        if prefix_mask is None or bool(prefix_mask.all()):
-            told["position_ids"] = torch.arange(start, end, device=tokens.device)[None].expand(len(tokens), -1)
+        if cache is None:
+            start, end, kept = 0, tokens.shape[1], {"use_cache": False}
+            places = Places.of(prefix_mask, rows=len(tokens), length=end, device=tokens.device)
+            told_how = nullcontext() if places.real is not None else one_sequence_each()
         else:
-            real = torch.ones(len(tokens), end, dtype=torch.int64, device=tokens.device)
-            width = min(end, prefix_mask.shape[1])
-            real[:, :width] = prefix_mask[:, :width]
-            told |= {"attention_mask": real, "position_ids": (real.cumsum(1) - 1).clamp(min=0)[:, start:]}
-        whole_rows = nullcontext() if "attention_mask" in told or cache is not None else one_sequence_each()
-        with self._listening(capture) as captured, whole_rows:
-            output = self.base(input_ids=tokens, return_dict=True, **told)
+            start, end = cache.filled, cache.filled + tokens.shape[1]
+            kept = {"use_cache": True, "past_key_values": cache.layers}
+            places, told_how = cache.places, heads_grouped_alike(tokens)
+        with self._listening(capture) as captured, told_how:
+            output = self.base(input_ids=tokens, return_dict=True, **kept, **places.inputs(start, end))
         if cache is not None:
             cache.filled = end
         return ModelOutput(output.last_hidden_state, captured)
@@ -336,6 +328,13 @@ class CausalLM(nn.Module):
         """Positions that a memory needs room for."""
         return rows.tokens.shape[1] + len(self._template(grid))
 
+    def memory(self, rows: Condition, *, grid: Grid, room: int | None = None) -> LanguageCache:
+        """An empty memory for the picture, with room for so many positions; None: for all."""
+        length = self.memory_length(rows, grid)
+        layers = growing_cache(self.lm.config, room=length if room is None else room)
+        places = Places.of(rows.prefix_mask, rows=len(rows), length=length, device=self.device)
+        return LanguageCache(layers, places, self._code_head(), self._image_body(grid))
+
     def prefill(
         self, rows: Condition, codes: Int[Tensor, "B n"], *, grid: Grid
     ) -> tuple[LanguageCache, Float[Tensor, "B K"]]:
@@ -343,12 +342,12 @@ class CausalLM(nn.Module):
 
         It has room for just those where it can be spread, otherwise for the whole picture.
         """
-        tokens = torch.cat([rows.tokens, self._body(codes, grid)], dim=1)
-        room = tokens.shape[1] if self.keeps_all else self.memory_length(rows, grid)
-        ids = self.layout.code_ids().to(self.device)
-        cache = LanguageCache(growing_cache(self.lm.config, room=room), 0, self.lm_head.rows(ids), ids)
-        hidden = self(tokens, prefix_mask=rows.prefix_mask, cache=cache).last_hidden
-        return cache, cache.code_head(hidden[:, -1])
+        body = self._image_body(grid)
+        room = rows.tokens.shape[1] + body.end(codes.shape[1])
+        cache = self.memory(rows, grid=grid, room=room if self.keeps_all else None)
+        tokens = torch.cat([rows.tokens, body.written(cache.head.ids[codes], 0)], dim=1)
+        hidden = self(tokens, cache=cache).last_hidden
+        return cache, cache.head.logits(hidden[:, -1])
 
     def decode(
         self,
@@ -364,19 +363,61 @@ class CausalLM(nn.Module):
 
         Of the code behind the last one, or behind every one. What the memory held from `index` on is overwritten.
         """
-        body, count = self._template(grid), codes.shape[1]
-        places = [place for place, token in enumerate(body) if token == CODE]
-        first, end = places[index], (places[index + count] if index + count < len(places) else len(body))
-        tokens = torch.tensor(body[first:end], dtype=torch.int64, device=self.device).repeat(len(codes), 1)
-        own = torch.tensor([place - first for place in places[index : index + count]], device=self.device)
-        tokens[:, own] = cache.code_ids[codes]
-        start = rows.tokens.shape[1] + first
-        cache.rewind(start)
-        hidden = self(tokens, prefix_mask=rows.prefix_mask, cache=cache, start=start).last_hidden
-        if not every:
-            return cache.code_head(hidden[:, -1])
-        behind = torch.cat([own[1:], own.new_tensor([end - first])]) - 1
-        return cache.code_head(hidden[:, behind])
+        cache.rewind(rows.tokens.shape[1] + cache.body.end(index))
+        hidden = self(cache.body.written(cache.head.ids[codes], index), cache=cache).last_hidden
+        if every:
+            return cache.head.logits(hidden[:, cache.body.predicting(index, codes.shape[1])])
+        return cache.head.logits(hidden[:, -1])
+
+    def static_condition(self, rows: Condition) -> Condition:
+        """The rows with more padding on the left: few lengths, so that steps of fixed shapes are made few times."""
+        missing = -rows.tokens.shape[1] % PREFIX_STEP
+        assert rows.prefix_mask is not None
+        return Condition(F.pad(rows.tokens, (missing, 0)), F.pad(rows.prefix_mask, (missing, 0)))
+
+    def static_places(self, prefix_length: int, grid: Grid) -> Int64[Tensor, " P"]:
+        """The position of every code."""
+        return torch.tensor(self._image_body(grid).places, device=self.device) + prefix_length
+
+    def tail(self, index: int, grid: Grid) -> tuple[int, ...]:
+        """Tokens that are fed behind the code at `index`."""
+        return tuple(self.layout.after(index, grid))
+
+    def decode_at(
+        self,
+        prefix_mask: Bool[Tensor, "B C"] | None,
+        cache: LanguageCache,
+        *,
+        codes: Int[Tensor, "B 1"],
+        place: Int[Tensor, "1"],
+        reach: int,
+        tail: tuple[int, ...] = (),
+        block: Callable[..., Tensor] | None = None,
+    ) -> Float[Tensor, "B K"]:
+        """`decode` of one code as a program of fixed shapes: it is fed at position `place`, a number on the device.
+
+        At most the first `reach` positions are looked at; `block` is for decoders of LlamaGen's kind. Which rows of
+        `cache` are meant is said by `prefix_mask`: as many as it has.
+        """
+        assert prefix_mask is not None
+        device, width = place.device, prefix_mask.shape[1]
+        places = place + torch.arange(1 + len(tail), device=device)  # (S,)
+        behind = cache.body.tokens.index_select(0, places[1:] - width)
+        tokens = torch.cat([cache.head.ids[codes], behind.expand(len(codes), -1)], dim=1)
+        real = F.pad(prefix_mask[:, :reach], (0, max(reach - width, 0)), value=True)
+        mask = real[:, None, None] & (torch.arange(reach, device=device) <= places[:, None])  # (B, 1, S, reach)
+        if self.config._attn_implementation != "sdpa":  # the others add it
+            dtype = next(self.lm.parameters()).dtype
+            mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)
+        hidden = self.base(
+            input_ids=tokens,
+            position_ids=places[None] - (~prefix_mask).sum(1, keepdim=True),
+            attention_mask=mask,
+            past_key_values=window_cache(cache.layers, places, num_rows=len(codes), reach=reach),
+            use_cache=True,
+            return_dict=True,
+        ).last_hidden_state
+        return cache.head.logits(hidden[:, -1])
 
     def logits(
         self,
@@ -392,24 +433,19 @@ class CausalLM(nn.Module):
         condition = self.condition(labels=labels, captions=captions, prompts=prompts, grid=told)
         flat = checked_codes(codes, len(condition), grid=told, num_codes=self.settings.num_codes).to(self.device)
         width = condition.tokens.shape[1]
-        tokens = torch.cat([condition.tokens, self._body(flat[:, :-1], told)], dim=1)
+        body, ids = self._image_body(told), self.layout.code_ids().to(self.device)
+        tokens = torch.cat([condition.tokens, body.written(ids[flat[:, :-1]], 0)], dim=1)
         hidden = self(tokens, prefix_mask=condition.prefix_mask).last_hidden
-        places = torch.tensor([place for place, token in enumerate(self._template(told)) if token == CODE])
-        return self.code_head(hidden[:, (places + width - 1).to(hidden.device)])
-
-    def _body(self, codes: Int[Tensor, "B n"], grid: Grid) -> Int[Tensor, "B S"]:
-        """The first n codes as tokens, with what the layout puts between and behind them, up to the next code."""
-        body = self._template(grid)
-        places = [place for place, token in enumerate(body) if token == CODE]
-        count = codes.shape[1]
-        end = places[count] if count < len(places) else len(body)
-        tokens = torch.tensor(body[:end], dtype=torch.int64, device=self.device).repeat(len(codes), 1)
-        tokens[:, places[:count]] = self.layout.code_ids().to(self.device)[codes]
-        return tokens
+        return self.code_head(hidden[:, [place + width - 1 for place in body.places]])
 
     def _template(self, grid: Grid) -> list[int]:
         """What follows the prefix: `CODE` where codes stand, and the tokens between and behind them."""
         return self.layout.image(grid)[len(self.layout.opening(grid)) :]
+
+    def _image_body(self, grid: Grid) -> ImageBody:
+        template = self._template(grid)
+        places = tuple(place for place, token in enumerate(template) if token == CODE)
+        return ImageBody(torch.tensor(template, device=self.device), places)
 
 
 @dataclass(frozen=True)
@@ -424,24 +460,42 @@ class _OutputDropout:
         return (self.site(output[0]), *output[1:]) if isinstance(output, tuple) else self.site(output)
 
 
-@contextmanager
-def one_sequence_each() -> Iterator[None]:
+def one_sequence_each() -> AbstractContextManager[None]:
     """A block in which `transformers` takes every row for one sequence.
 
     Given no mask it looks at the positions whether rows are packed, and waits for an accelerator to see them.
     """
     from transformers import masking_utils
 
-    name = "find_packed_sequence_indices"
-    found = getattr(masking_utils, name, None)
+    return _replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+
+
+def heads_grouped_alike(tokens: Int64[Tensor, "B S"]) -> AbstractContextManager[None]:
+    """A block in which heads that share keys share them with a mask as without, on a CPU.
+
+    `transformers` would do it in two ways, which round differently, so that a row could tell whether another one is
+    padded. Here it is always the faster one: one token's heads are queries of one head, more tokens' are left to torch.
+    """
+    if tokens.device.type != "cpu":
+        return nullcontext()
+    from transformers.integrations import sdpa_attention
+
+    several = tokens.shape[1] > 1
+    return _replaced(sdpa_attention, "use_gqa_in_sdpa", lambda attention_mask, key, value: several)
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """A block in which a function of a module is another one; nothing where the module has none of that name."""
+    found = getattr(module, name, None)
     if found is None:
         yield
         return
-    setattr(masking_utils, name, lambda position_ids: None)
+    setattr(module, name, function)
     try:
         yield
     finally:
-        setattr(masking_utils, name, found)
+        setattr(module, name, found)
 
 
 def _blocks(base: nn.Module) -> list[nn.Module]:

@@ -33,8 +33,6 @@ TOKENIZER_CONFIG = {
     "clean_up_tokenization_spaces": False,
 }  # fmt: skip
 """Beside a tokenizer of Meta's, so that transformers opens it as it is."""
-SAMPLING = {"cfg_scale": 4.0, "top_k": 2000, "temperature": 1.0}
-"""How Lumina-mGPT and ARRA paint unless told otherwise."""
 
 
 class ChameleonOptions(Settings):
@@ -112,7 +110,6 @@ def open_chameleon(
         about={
             "origin": {**read.facts, **read.left.facts(), "weights_layout": read.layout_kind},
             "zeroed_image_head": zeroed,
-            "sampling": SAMPLING,
         },
     )
     model.companions = _companions(text_file)

@@ -7,7 +7,7 @@ positions, D model width, F caption feature size, K codes.
 Source: FoundationVision/LlamaGen, autoregressive/models/gpt.py (behaviour matched, its defects not).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -21,7 +21,7 @@ from arra.data.conditions import Prefix, text_prefixes
 from arra.errors import ArraError
 from arra.models import lean
 from arra.models.blocks import EMBEDDINGS, Block, RMSNorm, Rotary, attention_mask
-from arra.models.cache import KVCache
+from arra.models.cache import KVCache, LayerWindow
 from arra.models.dropout import dropped, path_factors, random_seeds, site_seeds
 from arra.models.head import CalledHead, Head, head_of
 from arra.models.hub import DecoderFromHub
@@ -197,10 +197,11 @@ class Decoder(nn.Module, DecoderFromHub):
         """`forward` for one position without gradients on a CPU: the same formulas in fewer, larger steps."""
         batch = len(x)
         rows = F.pad(x[:, 0], (0, 0, 0, max(MIN_ROWS - batch, 0)))
+        turns = torch.view_as_complex(table)[0]  # (E/2,)
         for index, block in enumerate(self.layers):
-            block.step(rows, batch, table, mask, cache, index, start)  # type: ignore[operator]
+            rows = block.step(rows, batch, turns, mask, cache, index, start)  # type: ignore[operator]
             if index + 1 in capture:
-                captured[index + 1] = rows[:batch, None].clone()
+                captured[index + 1] = rows[:batch, None]
         return ModelOutput(self.norm(rows)[:batch, None], captured)
 
     def _embed(self, tokens: Tensor, start: int, caption: Tensor | None, null_caption: Tensor | None) -> Tensor:
@@ -251,6 +252,45 @@ class Decoder(nn.Module, DecoderFromHub):
         start = self.settings.prefix_length + index
         hidden = self(codes, **rows.inputs(), cache=cache, start=start).last_hidden
         return self.head(hidden if every else hidden[:, -1])
+
+    def static_condition(self, rows: Condition) -> Condition:
+        """The rows in a form of few lengths: all are of one here."""
+        return rows
+
+    def static_places(self, prefix_length: int, grid: tuple[int, int]) -> Int64[Tensor, " P"]:
+        """The position of every code."""
+        return torch.arange(self.settings.num_positions, device=self.device) + prefix_length
+
+    def tail(self, index: int, grid: tuple[int, int]) -> tuple[int, ...]:
+        """Tokens that are fed behind the code at `index`: here none."""
+        return ()
+
+    def decode_at(
+        self,
+        prefix_mask: Bool[Tensor, "B C"] | None,
+        cache: KVCache,
+        *,
+        codes: Int[Tensor, "B 1"],
+        place: Int[Tensor, "1"],
+        reach: int,
+        tail: tuple[int, ...] = (),
+        block: Callable[..., Tensor] | None = None,
+    ) -> Float[Tensor, "B K"]:
+        """`decode` of one code as a program of fixed shapes: it is fed at position `place`, a number on the device.
+
+        At most the first `reach` positions are looked at, of the first rows of the cache. `block` stands in for calling
+        a block (compiled, say).
+        """
+        table = self.rotary.table.index_select(0, place)
+        mask = (torch.arange(reach, device=place.device) <= place)[None, None, None]  # (1, 1, 1, reach)
+        if prefix_mask is not None:
+            width = min(reach, prefix_mask.shape[1])
+            mask = mask & F.pad(prefix_mask[:, :width], (0, reach - width), value=True)[:, None, None]
+        x = self.tok_embeddings(codes)
+        for own, layer in zip(cache.both[:, :, : len(codes)], self.layers, strict=True):
+            window = LayerWindow(own[0], own[1], place, reach)
+            x = layer(x, table, mask, window) if block is None else block(layer, x, table, mask, window)
+        return self.head(self.norm(x)[:, -1])
 
     @property
     def hidden_size(self) -> int:

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from arra.errors import ArraError
-from arra.models.causal import CausalLM, LanguageCache
-from arra.models.growing import growing_cache
+from arra.models.causal import CausalLM
+from arra.models.decoder import Condition
 
 Start = Literal["codebook", "mean"]
 
@@ -218,9 +218,9 @@ def _painted(model: CausalLM, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S 
     padded = torch.cat([padding, tokens], dim=1)
     mask = torch.cat([padding.bool(), torch.ones_like(tokens, dtype=torch.bool)], dim=1)
     end = padded.shape[1]
-    cache = LanguageCache(growing_cache(model.lm.config, room=end), 0, model.lm_head, model.layout.code_ids())
+    cache = model.memory(Condition(padded, mask), grid=model.settings.grid)
     parts = [
-        model(padded[:, start:stop], prefix_mask=mask, cache=cache, start=start).last_hidden
+        model(padded[:, start:stop], cache=cache).last_hidden
         for start, stop in ((0, end - 3), (end - 3, end - 2), (end - 2, end))
     ]
     return model.lm_head(torch.cat(parts, dim=1)[:, PADDING:])

@@ -45,6 +45,45 @@ def join_caches(cache: Any, other: Any) -> Any:
     return found
 
 
+def window_cache(cache: Any, places: Tensor, *, num_rows: int, reach: int) -> Any:
+    """A growing cache as a program of fixed shapes sees it: the next tokens are written at `places` on the device.
+
+    The first `reach` positions of the first rows are handed out; a mask hides those that are not filled.
+    """
+    from transformers.cache_utils import Cache
+
+    window = _window_layer()
+    return Cache(
+        layers=[window(each.all_keys[:num_rows], each.all_values[:num_rows], places, reach) for each in cache.layers]
+    )
+
+
+@lru_cache(maxsize=1)
+def _window_layer() -> Any:
+    """The class of one layer of a window; made here, since its base comes with an extra."""
+    from transformers.cache_utils import DynamicLayer
+
+    class WindowLayer(DynamicLayer):
+        """Keys and values (B, H, T, E) at an address that stays."""
+
+        def __init__(self, all_keys: Tensor, all_values: Tensor, places: Tensor, reach: int) -> None:
+            super().__init__()
+            self.all_keys, self.all_values, self.places, self.reach = all_keys, all_values, places, reach
+            self.is_initialized = True
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            """Keys and values of the first positions, after storing the new ones."""
+            self.all_keys.index_copy_(2, self.places, key_states)
+            self.all_values.index_copy_(2, self.places, value_states)
+            return self.all_keys[:, :, : self.reach], self.all_values[:, :, : self.reach]
+
+        def get_seq_length(self) -> int:
+            """Nobody is told: positions come with the tokens."""
+            return 0
+
+    return WindowLayer
+
+
 @lru_cache(maxsize=1)
 def _growing_layer() -> Any:
     """The class of one layer's memory; made here, since its base comes with an extra."""
@@ -75,16 +114,18 @@ def _growing_layer() -> Any:
             """Positions that are filled."""
             return self.filled
 
-        def batch_select_indices(self, indices: Tensor) -> None:
-            """Nothing; only these rows are left."""
-            self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            """Nothing; these rows are left, in this order."""
+            rows = beam_idx.to(self.all_keys.device)
+            self.all_keys, self.all_values = self.all_keys[rows], self.all_values[rows]
             self.keys, self.values = self.all_keys[:, :, : self.filled], self.all_values[:, :, : self.filled]
 
         def spread(self, places: Tensor, room: int) -> "GrowingLayer":
             """One with room for `room` positions whose row i is a copy of row `places[i]`."""
             parts = []
             for part in (self.all_keys, self.all_values):
-                new = part.new_empty((len(places), part.shape[1], room, part.shape[3]))
+                # no chance content: what a mask hides is multiplied by 0, not left out
+                new = part.new_zeros((len(places), part.shape[1], room, part.shape[3]))
                 new[:, :, : self.filled] = part[places, :, : self.filled]
                 parts.append(new)
             return self._with(*parts)

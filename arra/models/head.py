@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from arra.models import lean, liger
-from arra.models.products import MIN_ROWS, is_unheard, product
+from arra.models.products import MIN_ROWS, is_unheard, pack, packed_product, product, uses_onednn
 
 HEAD_BYTES = 2**25
 """Logits that exist at one time: 128 positions of 65,536 tokens. Half as many cost 7 percent of the loss's speed."""
@@ -53,6 +53,21 @@ class Head:
 
 
 @dataclass(frozen=True)
+class PackedHead:
+    """A head whose weights lie in oneDNN's layout and nowhere else, for painting on a CPU."""
+
+    packed: Tensor
+    """Not an array: see `arra/models/products.py`."""
+    bias: Float[Tensor, " V"] | None
+    scale: float
+    softcap: float | None
+
+    def __call__(self, hidden: Float[Tensor, "*any D"]) -> Float[Tensor, "*any V"]:
+        """Logits in float32; a row's are the same bits whatever rows stand beside it."""
+        return _bent(packed_product(hidden.float(), self.packed, self.bias), self)
+
+
+@dataclass(frozen=True)
 class CalledHead:
     """A head that must be called: somebody listens to it, or adapters or quantised weights stand in its place."""
 
@@ -80,6 +95,13 @@ def head_of(layer: nn.Module, *, scale: float = 1.0, softcap: float | None = Non
         base: nn.Linear = rows.base_layer  # type: ignore[assignment]
         return Head(rows.get_merged_weights(rows.active_adapters), base.bias, scale, softcap)  # type: ignore[operator]
     return CalledHead(layer, scale, softcap)
+
+
+def packed_head(head: Head | CalledHead) -> PackedHead | Head | CalledHead:
+    """The head for logits without gradients, packed where that is faster; it does not follow its weights any more."""
+    if isinstance(head, CalledHead) or not uses_onednn(head.weight):
+        return head
+    return PackedHead(pack(head.weight), head.bias, head.scale, head.softcap)
 
 
 def head_loss(
@@ -267,7 +289,7 @@ def _raw_product(rows: Tensor, head: Head, kind: torch.dtype) -> Tensor:
     return found if head.bias is None else found.add_(head.bias)
 
 
-def _bent(logits: Tensor, head: Head | CalledHead) -> Tensor:
+def _bent(logits: Tensor, head: Head | CalledHead | PackedHead) -> Tensor:
     """The logits that raw ones become by scale and cap."""
     logits = logits if head.scale == 1 else logits * head.scale
     return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap

@@ -6,6 +6,7 @@ says what it is and how to open it, and a small config.json, by whose requests t
 
 import json
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,17 +125,34 @@ class FromHub(ModelHubMixin):
         self, *, repo_id: str = "FOLDER_OR_REPOSITORY", license: str | None = None, **ignored: Any
     ) -> ModelCard:
         """The README.md: what the model is, where it comes from, how to open it."""
-        about = self._describe()
-        data = ModelCardData(
-            library_name="arra",
-            license=license or about.licence or "unknown",
-            pipeline_tag=about.pipeline_tag,
-            tags=["arra", "autoregressive", about.kind],
-        )
-        lines = "\n".join(f"| {what} | {value} |" for what, value in about.facts)
-        usage = about.usage.format(repo=repo_id)
-        text = f"# {about.title}\n\n| | |\n|---|---|\n{lines}\n\n```python\n{usage}\n```\n"
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+        return model_card(self._describe(), repo=repo_id, licence=license)
+
+
+def model_card(about: Description, *, repo: str, library: str = "arra", licence: str | None = None) -> ModelCard:
+    """The README.md of a model's repository; `library` is what opens it."""
+    data = ModelCardData(
+        library_name=library,
+        license=licence or about.licence or "unknown",
+        pipeline_tag=about.pipeline_tag,
+        tags=["arra", "autoregressive", about.kind],
+    )
+    lines = "\n".join(f"| {what} | {value} |" for what, value in about.facts)
+    usage = about.usage.format(repo=repo)
+    text = f"# {about.title}\n\n| | |\n|---|---|\n{lines}\n\n```python\n{usage}\n```\n"
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def register_with_transformers() -> None:
+    """Nothing; `AutoModelForCausalLM.from_pretrained` opens decoders that `arra export --to hf` wrote, from now on.
+
+    Raises: ArraError where `transformers` is missing.
+    """
+    try:
+        import_module("arra.models.transformers_decoder")
+    except ImportError as error:
+        raise ArraError(
+            f"transformers: cannot be imported ({error}); pip install 'arra[llm]' -c constraints.txt"
+        ) from error
 
 
 def _snapshot(name: str, wanted: dict[str, Any]) -> Path:

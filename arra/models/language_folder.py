@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from arra.errors import ArraError
 from arra.models.causal import CausalLM, LanguageSettings
+from arra.models.narrow import quiet_torchao
 from arra.models.weights import DAMAGE, read_weights, shard_files
 from arra.runs import atomic_write, writing
 from arra.tokenizers.prompts import PromptTokenizer, load_prompt_tokenizer
@@ -59,6 +60,11 @@ def save_language_model(model: CausalLM, folder: Path) -> None:
                 os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(place, ignore_errors=True)
+    write_card(model, folder)
+
+
+def write_card(model: CausalLM, folder: Path) -> None:
+    """Nothing; the folder says which tokens are codes and how a picture is laid out."""
     card = {"kind": KIND, "settings": model.settings.model_dump(mode="json"), "about": model.about}
     atomic_write(folder / CARD_FILE, json.dumps(card, indent=2) + "\n")
 
@@ -169,7 +175,8 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with quiet_torchao():  # it is imported there where it is installed
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Complex, Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -82,7 +82,7 @@ def norm_swiglu(x: Float[Tensor, "N D"], norm: Tensor, w1: Tensor, w3: Tensor, w
 def rms(x: Float[Tensor, "*any D"], eps: float) -> Float[Tensor, "*any 1"]:
     """One over the root mean square, in one pass over x."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.addcmul(length.new_full((), eps), length, length, value=1 / x.shape[-1]).rsqrt_()
 
 
 def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,6 +155,11 @@ def turn_heads(
     """Nothing; the first `turning` heads are overwritten, turned forth or back."""
     turns = torch.view_as_complex(table)[:, None]  # (S, 1, E/2)
     torch.view_as_complex(heads[:, :, :turning].unflatten(-1, (-1, 2))).mul_(turns.conj() if back else turns)
+
+
+def turn_step(heads: Float[Tensor, "B H E"], turns: Complex[Tensor, "E2"]) -> None:
+    """Nothing; the heads of one position are overwritten, turned."""
+    torch.view_as_complex(heads.unflatten(-1, (-1, 2))).mul_(turns)
 
 
 def drop_add(

@@ -28,15 +28,18 @@ MIN_ROWS = 4
 
 def product(a: Float[Tensor, "N I"], b: Float[Tensor, "I O"]) -> Float[Tensor, "N O"]:
     """The matrix product."""
-    if _uses_onednn(a) and b.dtype == torch.float32 and a.numel() and b.numel():
+    if uses_onednn(a) and b.dtype == torch.float32 and a.numel() and b.numel():
         found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
         return found
     return a @ b
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling the layer is its matrix product and nothing else: no bias, no wrapper (LoRA), no listener."""
-    return type(layer) is nn.Linear and layer.bias is None and is_unheard(layer)
+    """Whether calling the layer is its matrix product and nothing else.
+
+    No bias, no wrapper (LoRA), no listener, and weights that lie in memory as they are (torchao's do not).
+    """
+    return type(layer) is nn.Linear and layer.bias is None and type(layer.weight) is nn.Parameter and is_unheard(layer)
 
 
 def is_unheard(module: nn.Module) -> bool:
@@ -51,9 +54,9 @@ def inferred(x: Float[Tensor, "*any I"], layer: nn.Module) -> Float[Tensor, "*an
     """
     rows = x if x.dim() == 2 else x.flatten(0, -2)
     count = len(rows)
-    if x.device.type == "cpu" and 0 < count < MIN_ROWS:
+    if x.device.type == "cpu" and 0 < count < MIN_ROWS and _ALONE not in layer.__dict__:
         rows = F.pad(rows, (0, 0, 0, MIN_ROWS - count))
-    if is_plain(layer) and _uses_onednn(rows) and layer.weight.dtype == torch.float32 and count:
+    if is_plain(layer) and uses_onednn(rows) and layer.weight.dtype == torch.float32 and count:
         packed = layer.__dict__.get(_PACKED)
         weight = layer.weight if packed is None else packed
         found = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
@@ -68,12 +71,17 @@ def inferred(x: Float[Tensor, "*any I"], layer: nn.Module) -> Float[Tensor, "*an
 def packed_weights(model: nn.Module) -> Iterator[None]:
     """A block in which the model's matrices also lie in oneDNN's layout, where that pays and memory allows.
 
-    The copy takes as much memory as the weights. It must not be trained in the block.
+    The copy takes as much memory as the weights. It must not be trained in the block. A model that has a `packed` of
+    its own (language models) does it so.
     """
+    if (own := getattr(model, "packed", None)) is not None:
+        with own():
+            yield
+        return
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and _PACKED not in layer.__dict__]
     weights = [layer.weight for layer in layers]
-    sound = all(map(is_plain, layers)) and all(_uses_onednn(weight) and weight.numel() for weight in weights)
-    if not sound or 4 * sum(weight.numel() for weight in weights) > _free_bytes() / 2:
+    sound = all(map(is_plain, layers)) and all(uses_onednn(weight) and weight.numel() for weight in weights)
+    if not sound or 4 * sum(weight.numel() for weight in weights) > free_bytes() / 2:
         yield
         return
     asked = [pair for module in model.modules() if (pair := getattr(module, "side_by_side", None)) is not None]
@@ -84,14 +92,37 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             if layer in partner:
-                layer.__dict__[_PACKED_PAIR] = _packed(torch.cat([layer.weight, partner[layer].weight]))
+                layer.__dict__[_PACKED_PAIR] = pack(torch.cat([layer.weight, partner[layer].weight]))
             elif layer not in seconds:
-                layer.__dict__[_PACKED] = _packed(layer.weight)
+                layer.__dict__[_PACKED] = pack(layer.weight)
         yield
     finally:
         for layer in layers:
             layer.__dict__.pop(_PACKED, None)
             layer.__dict__.pop(_PACKED_PAIR, None)
+
+
+def packed_product(
+    x: Float[Tensor, "*any I"], weight: Tensor, bias: Float[Tensor, " O"] | None = None
+) -> Float[Tensor, "*any O"]:
+    """The rows times a packed weight, without gradients; a row's result is the same bits whatever stands beside it."""
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
+    count = len(rows)
+    if count < MIN_ROWS:
+        rows = F.pad(rows, (0, 0, 0, MIN_ROWS - count))
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    if count < MIN_ROWS:
+        found = found[:count]
+    return found if x.dim() == 2 else found.unflatten(0, x.shape[:-1])
+
+
+def inferred_sum(x: Float[Tensor, "N O"], inner: Float[Tensor, "N I"], layer: nn.Module) -> Float[Tensor, "N O"]:
+    """x + layer(inner) where no gradients are wanted, in one step from packed weights."""
+    packed = layer.__dict__.get(_PACKED)
+    if packed is None or len(x) < MIN_ROWS or not is_plain(layer):
+        return x + inferred(inner, layer)
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inner, x, packed, None, "add")
+    return found
 
 
 def inferred_pair(x: Float[Tensor, "N I"], first: nn.Module, second: nn.Module) -> tuple[Tensor, Tensor]:
@@ -104,20 +135,27 @@ def inferred_pair(x: Float[Tensor, "N I"], first: nn.Module, second: nn.Module) 
     return left, right
 
 
-def _packed(weight: Tensor) -> Tensor:
+def pack(weight: Float[Tensor, "O I"]) -> Tensor:
+    """The weight in oneDNN's layout, as `packed_product` takes it."""
     found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_ROWS)
     return found
 
 
-_PACKED, _PACKED_PAIR = "_arra_packed", "_arra_packed_pair"
+def compute_rows_alone(layer: nn.Module) -> None:
+    """Nothing; the layer is known to compute each row by itself, so that few rows need no company."""
+    layer.__dict__[_ALONE] = True
+
+
+_PACKED, _PACKED_PAIR, _ALONE = "_arra_packed", "_arra_packed_pair", "_arra_rows_alone"
 """Keys in a layer's own dict: no buffers, so that state dicts and moves do not see them."""
 
 
-def _uses_onednn(x: Tensor) -> bool:
+def uses_onednn(x: Tensor) -> bool:
+    """Whether its products are oneDNN's: float32 on a CPU, not while a compiler looks on."""
     return _ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
-def _free_bytes() -> float:
+def free_bytes() -> float:
     """Memory that can be had; no bound where the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

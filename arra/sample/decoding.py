@@ -30,6 +30,9 @@ class Memory(Protocol):
     def rows(self, count: int) -> Any:
         """The first rows alone; this one must not be used any more."""
 
+    def select(self, places: Int[Tensor, "R"]) -> Any:
+        """One with as much room, whose row i is a copy of row places[i]."""
+
     def spread(self, places: Int[Tensor, "R"], *, length: int) -> Any:
         """One with room for `length` positions, whose row i is a copy of row places[i]."""
 
@@ -98,12 +101,12 @@ def decode_batch(
     watch: Watch | None = None,
 ) -> Int[Tensor, "B P"]:
     """The codes; `watch(index, logits)` sees the logits each code is taken from, before the filters."""
-    codes = _start(batch)
+    codes = start_codes(batch)
     free = (codes == FREE).any(0).nonzero()[:, 0].tolist()
     if not free:
         return codes
     scales = settings.cfg_scales(codes.shape[1])
-    rows = _Rows(model, batch, grid, codes, guided=[scales[index] != 1 for index in free], prefixes=prefixes)
+    rows = Rows(model, batch, grid, codes, guided=[scales[index] != 1 for index in free], prefixes=prefixes)
     rows.begin(free[0])
     for place, index in enumerate(free):
         logits = rows.logits
@@ -119,11 +122,12 @@ def decode_batch(
     return codes
 
 
-def _start(batch: Batch) -> Int[Tensor, "B P"]:
+def start_codes(batch: Batch) -> Int[Tensor, "B P"]:
+    """Codes that are known before anything is drawn, and FREE."""
     return torch.full_like(batch.keys, FREE) if batch.given is None else batch.given.clone()
 
 
-class _Rows:
+class Rows:
     """The rows of a batch on their way: what they have read, and the logits of what comes next."""
 
     def __init__(
@@ -148,7 +152,7 @@ class _Rows:
         null = None
         # a memory that forgets cannot take in its null rows later
         if self.guided[0] or (any(self.guided) and not self.model.keeps_all):
-            null, self.is_guided = self._null(), True
+            null, self.is_guided = self.null(), True
             self.condition = self.condition.join(null)
         known = self.codes[:, :index]
         if not self.model.keeps_all:
@@ -165,23 +169,32 @@ class _Rows:
 
     def feed(self, index: int, until: int, place: int) -> None:
         """Nothing; the codes at index..until-1 are read, by null rows only if the next draw needs them."""
-        guided = self.guided[place]
+        self.seat(index, place)
+        self.logits = self.read(index, until)
+
+    def seat(self, index: int, place: int, *, count: int = 1) -> None:
+        """Nothing; null rows, which have read what is before `index`, are there if a draw needs them.
+
+        They come for the next `count` free codes, of which the first is the one of that place, and leave for good.
+        """
         if self.is_guided and not any(self.guided[place:]):
             self.is_guided, self.condition = False, self.batch.condition
             self.memory = self.memory.rows(self.batch.num_images)
-        fed = self._each_row(self.codes[:, index:until])
-        self.logits = self.model.decode(
-            self.condition, self.memory, codes=fed, index=index, grid=self.grid, every=False
-        )
-        if guided and not self.is_guided:
-            null, self.is_guided = self._null(), True
-            memory, logits = self.model.prefill(null, self.codes[:, :until], grid=self.grid)
+        if not self.is_guided and any(self.guided[place : place + count]):
+            null = self.null()
+            memory, _ = self.model.prefill(null, self.codes[:, :index], grid=self.grid)
             length = self.model.memory_length(self.condition, self.grid)
             everyone = torch.arange(len(null), device=self.codes.device)
             self.memory = self.memory.join(memory.spread(everyone, length=length))
-            self.condition, self.logits = self.condition.join(null), torch.cat([self.logits, logits])
+            self.condition, self.is_guided = self.condition.join(null), True
 
-    def _null(self) -> Condition:
+    def read(self, index: int, until: int, *, every: bool = False) -> Tensor:
+        """Logits after reading the codes at index..until-1: of the code behind the last, or behind every one."""
+        fed = self._each_row(self.codes[:, index:until])
+        return self.model.decode(self.condition, self.memory, codes=fed, index=index, grid=self.grid, every=every)
+
+    def null(self) -> Condition:
+        """The null row of every image."""
         return self.model.null_condition(self.batch.condition, grid=self.grid)
 
     def _each_row(self, codes: Tensor) -> Tensor:
@@ -200,9 +213,7 @@ class _Rows:
         kept = [place for place, name in enumerate(old.names) if name in names]
         if kept and old.logits is not None:
             which = torch.tensor(kept, device=self.codes.device)
-            length = self.model.memory_length(self.condition, self.grid)
-            everyone = torch.arange(len(missing), device=self.codes.device)
-            memory = old.memory.spread(which, length=length).join(memory.spread(everyone, length=length))
+            memory = old.memory.select(which).join(memory)
             new = Prefixes(
                 [old.names[place] for place in kept] + new.names, memory, torch.cat([old.logits[which], logits])
             )

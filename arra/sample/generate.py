@@ -3,6 +3,7 @@
 Letters: N images, B images of one batch, P = h*w codes, H W pixels.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from arra.errors import ArraError
 from arra.models import Painter
 from arra.models.products import packed_weights
 from arra.sample.decoding import FREE, Batch, Prefixes, decode_batch
+from arra.sample.graphs import StaticLoop, StaticReader
+from arra.sample.jacobi import check_window, decode_jacobi
 from arra.sample.logits import SamplingSettings, draw_keys
 
 PICTURES_TOGETHER = 8
@@ -43,6 +46,9 @@ class GenerationResult:
     labels: list[int] | None
     seeds: list[int]
     settings: SamplingSettings
+    passes: list[int] | None
+    """With a `jacobi_window`: times the model was asked for codes of each image; without, that is once for each code.
+    """
 
 
 class Engine:
@@ -60,11 +66,23 @@ class Engine:
         settings: SamplingSettings,
         batch_size: int = 16,
         grid: tuple[int, int] | None = None,
+        jacobi_window: int = 0,
+        graphs: bool | None = None,
+        compiler: str | None = None,
     ) -> None:
+        """An engine for these settings.
+
+        `graphs` decodes by steps of fixed shapes that a GPU replays (`graphs.py`); None: on CUDA, where the model can.
+        `compiler` is a backend of `torch.compile` for them ("inductor"): worth its minute for thousands of images.
+        Raises: ArraError for what does not go together.
+        """
         if batch_size < 1:
             raise ArraError(f"generate: batch_size: {batch_size} must be at least 1")
         self.model, self.tokenizer, self.settings, self.batch_size = model, tokenizer, settings, batch_size
+        check_window(model, jacobi_window)
+        self.jacobi_window = jacobi_window
         self.asked_grid, self.grid = grid, grid or model.settings.grid
+        self._static = self._static_loop(graphs, compiler)
         self._open = ExitStack()
 
     def __enter__(self) -> "Engine":
@@ -74,6 +92,22 @@ class Engine:
 
     def __exit__(self, *raised: Any) -> None:
         self._open.close()
+
+    def _static_loop(self, graphs: bool | None, compiler: str | None) -> StaticLoop | None:
+        """The loop of fixed shapes, where it is wanted and can be."""
+        able = isinstance(self.model, StaticReader) and self.model.keeps_all and not self.jacobi_window
+        if (graphs or compiler) and not able:
+            raise ArraError(
+                "generate: graphs and a compiler need steps of fixed shapes, which a Jacobi window and models with "
+                "sliding windows or recurrent layers do not have; leave them out"
+            )
+        on_cuda = self.model.device.type == "cuda"
+        if not able or graphs is False or not (graphs or compiler or on_cuda):
+            return None
+        assert isinstance(self.model, StaticReader)
+        return StaticLoop(
+            self.model, self.grid, self.settings, batch_size=self.batch_size, captures=on_cuda, compiler=compiler
+        )
 
     @torch.no_grad()
     def generate(
@@ -93,22 +127,32 @@ class Engine:
         model, device = self.model, self.model.device
         conditions = model.condition(prompts=prompts, labels=labels, captions=captions, grid=self.asked_grid)
         rows, image_seeds = pair(len(conditions), seeds)
+        names = _names(prompts=prompts, labels=labels, captions=captions)
+        whose = [names.index(names[row]) for row in rows]
         num_codes = self.grid[0] * self.grid[1]
         given = self._given(given_codes, len(rows), num_codes)
         keys = draw_keys(image_seeds, num_codes)
         prefixes, parts = Prefixes(), []
-        for first in range(0, len(rows), self.batch_size):
-            chosen = slice(first, first + self.batch_size)
+        together = 1 if self.jacobi_window else self.batch_size
+        passes: list[int] = []
+        for first in range(0, len(rows), together):
+            chosen = slice(first, first + together)
             batch = Batch(
                 condition=conditions.select(torch.tensor(rows[chosen]).to(device)),
-                whose=rows[chosen],
+                whose=whose[chosen],
                 keys=keys[chosen].to(device),
                 given=None if given is None else given[chosen].to(device),
             )
             told = None if watch is None else _watch_batch(watch, first)
-            parts.append(
-                decode_batch(model, batch, grid=self.grid, settings=self.settings, prefixes=prefixes, watch=told)
-            )
+            how: dict[str, Any] = {"grid": self.grid, "settings": self.settings, "prefixes": prefixes, "watch": told}
+            if self.jacobi_window:
+                found = decode_jacobi(model, batch, window=self.jacobi_window, **how)
+                parts.append(found.codes)
+                passes.append(found.passes)
+            elif self._static is not None and watch is None:
+                parts.append(self._static.decode_batch(batch, prefixes=prefixes))
+            else:
+                parts.append(decode_batch(model, batch, **how))
         codes = torch.cat(parts).unflatten(1, self.grid)
         return GenerationResult(
             images=None if self.tokenizer is None else decode_pictures(self.tokenizer, codes),
@@ -117,6 +161,7 @@ class Engine:
             labels=None if labels is None else [int(labels[row]) for row in rows],
             seeds=image_seeds,
             settings=self.settings,
+            passes=passes if self.jacobi_window else None,
         )
 
     def _given(self, given: Tensor | None, num_images: int, num_codes: int) -> Int[Tensor, "N P"] | None:
@@ -150,6 +195,7 @@ def generate(
     prefix_codes: Int[Tensor, "N n"] | None = None,
     given_codes: Int[Tensor, "N P"] | Int[Tensor, "N h w"] | None = None,
     watch: Callable[[int, int, Tensor], None] | None = None,
+    jacobi_window: int = 0,
     **sampling: Any,
 ) -> GenerationResult:
     """Images for conditions and seeds: zipped when there are equally many, otherwise every condition with every seed.
@@ -157,8 +203,9 @@ def generate(
     The product is ordered condition by condition. Without a tokenizer `images` is None. `given_codes` are codes that
     are as they are, one row for each image or one for all, with -1 where it is to be painted; `prefix_codes` are the
     first n codes. `grid` is the height and width in codes, a choice where the model is a language model. `watch` is
-    called as watch(first image of the batch, code index, logits (B, K) after guidance). `sampling` are the fields of
-    `SamplingSettings`: cfg_scale, temperature (0 is greedy), top_k, ...
+    called as watch(first image of the batch, code index, logits (B, K) after guidance). `jacobi_window` is how many
+    codes a pass may gain at most by speculative Jacobi decoding, image by image; 0 is off (`arra/sample/jacobi.py`).
+    `sampling` are the fields of `SamplingSettings`: cfg_scale, temperature (0 is greedy), top_k, ...
 
     An image is a function of the weights, its condition, its seed and the sampling settings, not of `batch_size`, of
     the order or of the other images: each has its own generator, every key is drawn before the first code, and
@@ -174,7 +221,9 @@ def generate(
         if given_codes is not None:
             raise ArraError("generate: prefix_codes and given_codes say the same thing; pass one of them")
         given_codes = _continued(prefix_codes, grid or model.settings.grid)
-    with Engine(model, tokenizer, settings=settings, batch_size=batch_size, grid=grid) as engine:
+    with Engine(
+        model, tokenizer, settings=settings, batch_size=batch_size, grid=grid, jacobi_window=jacobi_window
+    ) as engine:
         return engine.generate(
             seeds=seeds, prompts=prompts, labels=labels, captions=captions, given_codes=given_codes, watch=watch
         )
@@ -213,6 +262,22 @@ def sampling_settings(**fields: Any) -> SamplingSettings:
     except ValidationError as error:
         faults = "; ".join(f"{fault['loc'][0]}: {fault['msg']}, got {fault['input']}" for fault in error.errors())
         raise ArraError(f"generate: {faults}") from error
+
+
+def _names(
+    *, prompts: Sequence[str] | None, labels: Sequence[int] | None, captions: tuple[Tensor, Tensor | None] | None
+) -> list[Any]:
+    """What tells conditions apart, one of the three."""
+    if prompts is not None:
+        return list(prompts)
+    if labels is not None:
+        return [int(label) for label in labels]
+    assert captions is not None
+    parts = [part.detach().cpu().contiguous().flatten(1) for part in captions if part is not None]
+    return [
+        hashlib.sha256(b"".join(part[row].view(torch.uint8).numpy().tobytes() for part in parts)).digest()
+        for row in range(len(parts[0]))
+    ]
 
 
 def _watch_batch(watch: Callable[[int, int, Tensor], None], first: int) -> Callable[[int, Tensor], None]:

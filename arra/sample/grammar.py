@@ -9,7 +9,9 @@ other direction: a folder saved by us and opened by `transformers` paints as wel
     out = lm.generate(ids, logits_processor=steps, do_sample=True, top_k=0, max_new_tokens=len(layout.image(grid)))
     codes = layout.read_image(out[0].tolist())
 
-(`top_k=0` because the default of `transformers` is 50.) Each row of a batch is looked at on its own.
+(`top_k=0` because the default of `transformers` is 50.) Each row of a batch is looked at on its own. With `sampling=`
+and `seeds=` (then `do_sample=False`) the picture is the one that `arra.generate` paints for a seed. Chameleon of
+`transformers` gives codes no score at all until `unmask_codes(lm)` is called.
 
 Letters: B rows, T tokens so far, V vocabulary.
 Source: Lumina-mGPT `lumina_mgpt/inference_solver.py`, whose processors give the same scores for one row.
@@ -21,11 +23,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from arra.data.layout import CODE, Grid, ImageLayout
 from arra.errors import ArraError
-from arra.sample.logits import guide, keep_top_k
+from arra.sample.logits import SamplingSettings, guide, keep_top_k
+from arra.sample.processors import KeyedDraw
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -128,8 +131,8 @@ class ImageGrammar:
             kept = scores[row, allowed] if state.forced is None else 0.0
             if state.codes_only and bool((scores[row, codes] <= torch.finfo(scores.dtype).min).all()):
                 raise ArraError(
-                    "grammar: the model gives no code any score (Chameleon of transformers masks them); sample with "
-                    "arra.generate"
+                    "grammar: the model gives no code any score (Chameleon of transformers masks them); call "
+                    "arra.sample.grammar.unmask_codes(lm) first"
                 )
             scores[row] = -torch.inf
             scores[row, allowed] = kept
@@ -139,30 +142,43 @@ class ImageGrammar:
 class Guidance:
     """Scores under classifier-free guidance inside of images; the unconditional model sees the image alone.
 
-    `lm` is called as `transformers` models are. Its cache grows by one token a step and starts anew with another image.
+    Of `sampling` the fields of guidance are read; each row has the scale of the code it has come to. `lm` is called as
+    `transformers` models are. Its cache grows by one token a step and starts anew with another image.
     """
 
-    def __init__(self, lm: Callable[..., Any], *, grammar: ImageGrammar, cfg_scale: float) -> None:
-        self.lm, self.grammar, self.cfg_scale = lm, grammar, cfg_scale
+    def __init__(self, lm: Callable[..., Any], *, grammar: ImageGrammar, sampling: SamplingSettings) -> None:
+        self.lm, self.grammar, self.sampling = lm, grammar, sampling
         self._seen: list[list[int]] = []
         self._cache: Any = None
 
     def __call__(self, input_ids: Int[Tensor, "B T"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
         """The scores; those of rows outside of images, or without all their sides, stay as they are."""
-        if self.cfg_scale == 1:
+        if self.sampling.cfg_scale == 1:
             return scores
-        rows, contexts = [], []
+        rows: dict[int, float] = {}
+        contexts = []
         for row, tokens in enumerate(input_ids.tolist()):
             state = self.grammar.state(tokens)
-            if state.guided:
-                rows.append(row)
+            if state.guided and (scale := self._scale(tokens, state)) != 1:
+                rows[row] = scale
                 contexts.append(unconditional_context(self.grammar.layout, tokens, state))
         if not rows:
             return scores
         uncond = self._unconditional(contexts, device=input_ids.device).to(scores)
         guided = scores.clone()
-        guided[rows] = guide(scores[rows], uncond, cfg_scale=self.cfg_scale)
+        for place, (row, scale) in enumerate(rows.items()):
+            guided[row] = guide(scores[row, None], uncond[place, None], cfg_scale=scale)[0]
         return guided
+
+    def _scale(self, tokens: Sequence[int], state: ImageState) -> float:
+        """Of the code that comes next; for what the grammar forces after the last one, of that."""
+        assert state.grid is not None
+        assert state.start is not None
+        layout = self.grammar.layout
+        template = layout.image(state.grid)
+        index = template[: len(tokens) - state.start].count(CODE)
+        scales = self.sampling.cfg_scales(state.grid[0] * state.grid[1])
+        return scales[min(index, len(scales) - 1)]
 
     def _unconditional(self, contexts: list[list[int]], *, device: torch.device) -> Float[Tensor, "R V"]:
         """The scores after the contexts, padded on the left where their lengths differ."""
@@ -218,18 +234,50 @@ def image_processors(
     cfg_scale: float = 1.0,
     image_top_k: int = 0,
     text_top_k: int = 0,
+    sampling: SamplingSettings | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Processor]:
     """Guidance, grammar and top-k in this order, for `generate(logits_processor=...)`; temperature comes after them.
 
-    With a grid every row becomes a finished image of it; `prompt_length` is the width of what `generate` is given. Make
-    new ones for each call.
+    With a grid every row becomes a finished image of it; `prompt_length` is the width of what `generate` is given.
+    `sampling` says more of guidance than `cfg_scale` (which it replaces): schedules and intervals. With `seeds`, one
+    for each row, codes are drawn as `arra.generate` draws them, with all that `sampling` says: `generate` is to be
+    told `do_sample=False`. Make new ones for each call.
 
     Raises:
-        ArraError: the grid cannot be written, or is missing where the layout writes no sides.
+        ArraError: the grid cannot be written, or is missing where the layout writes no sides or codes are drawn here.
     """
+    sampling = SamplingSettings(cfg_scale=cfg_scale) if sampling is None else sampling
     grammar = ImageGrammar(layout, grid, prompt_length)
-    guidance = Guidance(lm, grammar=grammar, cfg_scale=cfg_scale)
-    return [guidance, grammar, InterleavedTopK(layout, image_top_k, text_top_k)]
+    guidance = Guidance(lm, grammar=grammar, sampling=sampling)
+    steps: list[Processor] = [guidance, grammar, InterleavedTopK(layout, image_top_k, text_top_k)]
+    if seeds is None:
+        return steps
+    if grid is None:
+        raise ArraError("seeds: the keys of a seed are those of a whole picture; say which grid is to be painted")
+    draw = KeyedDraw(
+        seeds, sampling=sampling, code_ids=layout.code_ids(), num_positions=grid[0] * grid[1], begin=layout.begin_image
+    )
+    return [*steps, draw]
+
+
+def unmask_codes(lm: nn.Module) -> None:
+    """Nothing; a model of `transformers` gives every token the score that its head gives, from this call on.
+
+    For Chameleon, whose class there overwrites the scores of all codes with the lowest number after its head.
+    """
+    heard: list[Tensor] = []
+
+    def hear(head: nn.Module, given: Any, logits: Tensor) -> Tensor:
+        heard[:] = [logits]
+        return logits.clone()  # the one that is overwritten
+
+    def answer(model: nn.Module, given: Any, output: Any) -> Any:
+        output.logits = heard.pop()
+        return output
+
+    lm.get_output_embeddings().register_forward_hook(hear)  # type: ignore[operator]
+    lm.register_forward_hook(answer)
 
 
 def _last(tokens: Sequence[int], wanted: int) -> int | None:

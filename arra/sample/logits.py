@@ -68,7 +68,9 @@ class SamplingSettings(Settings):
         return 1 + (self.cfg_scale - 1) * t
 
 
-def guide(cond: Float[Tensor, "B K"], uncond: Float[Tensor, "B K"], *, cfg_scale: float) -> Float[Tensor, "B K"]:
+def guide(
+    cond: Float[Tensor, "B K"], uncond: Float[Tensor, "B K"], *, cfg_scale: float | Float[Tensor, "B 1"]
+) -> Float[Tensor, "B K"]:
     """Logits under classifier-free guidance."""
     return uncond + (cond - uncond) * cfg_scale
 

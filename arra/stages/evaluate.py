@@ -36,7 +36,7 @@ from arra.stages.judging import Judge
 from arra.stages.makers import CODES, about_encoder, used_choices
 from arra.stages.model import weights_hash
 from arra.stages.origin import judged_columns, noted
-from arra.stages.paint import LoadedRun, load_run
+from arra.stages.painters import LoadedRun, load_run
 from arra.stages.pictures import held_out_codes, held_out_pixels, is_imported, require_columns
 from arra.stages.process import Progress, silent
 from arra.stages.tokenizer import center_pictures

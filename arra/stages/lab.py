@@ -46,7 +46,7 @@ from arra.runs import Run, atomic_write, writing
 from arra.stages.evaluate import SAME_FAMILY, current_evaluation, held_out_splits, prepare_caption_judge
 from arra.stages.makers import FeaturesMaker, build_makers, crop_of, used_choices, views_of
 from arra.stages.origin import columns_of, noted
-from arra.stages.paint import load_run
+from arra.stages.painters import load_run
 from arra.stages.pictures import require_columns, tokenizer_if_given
 from arra.stages.prepare import prepare
 from arra.stages.report import grid_references, grid_samples, painted_pictures

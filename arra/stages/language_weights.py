@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from arra.models.language_folder import (
     KIND,
     load_language_model,
     save_language_model,
+    write_card,
     write_files,
 )
 from arra.models.weights import Entry
@@ -127,8 +129,7 @@ def export_language_model(folder: Path, out: Path, *, to: str, dtype: torch.dtyp
     """
     if to not in ("hf", "lumina"):
         raise ArraError(f"--to {to}: unknown for a language model; expected hf or lumina")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ArraError(f"{out}: exists already; name a new folder")
+    refuse_existing(out)
     model = load_language_model(folder, dtype=dtype)
     kind = str(model.lm.config.model_type)  # type: ignore[union-attr]
     chameleon = kind == "chameleon"
@@ -142,21 +143,51 @@ def export_language_model(folder: Path, out: Path, *, to: str, dtype: torch.dtyp
     state = dict(model.lm.state_dict())
     if chameleon:
         state = export_state(model.lm, "lumina" if to == "lumina" else "hf", source=str(folder))
+    with new_folder(out) as place:
+        write_files(model, place, state, max_shard_size=SHARD_SIZE)
+        if to == "lumina":
+            atomic_write(place / "config.json", json.dumps(_lumina_config(model, state), indent=2) + "\n")
+        else:
+            copy_image_tokenizer(folder, place)
+            write_card(model, place)
+    kinds = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
+    hashes = [(f"sha256 {path.name}", file_hash(path)) for path in sorted(out.glob("*.safetensors"))]
+    return [("tensors", f"{len(state)}, {', '.join(kinds)}"), *hashes], kind
+
+
+def refuse_existing(out: Path) -> None:
+    """Nothing.
+
+    Raises: ArraError where something is there already.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ArraError(f"{out}: exists already; name a new folder")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to be written, which becomes `out` at the end, whole; after an error there is none.
+
+    Raises: ArraError when it cannot be written.
+    """
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         place = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         with writing(out):
-            write_files(model, place, state, max_shard_size=SHARD_SIZE)
-            if to == "lumina":
-                atomic_write(place / "config.json", json.dumps(_lumina_config(model, state), indent=2) + "\n")
+            yield place
             place.chmod(0o755)  # mkdtemp's folder is its owner's alone
             os.replace(place, out)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    kinds = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
-    hashes = [(f"sha256 {path.name}", file_hash(path)) for path in sorted(out.glob("*.safetensors"))]
-    return [("tensors", f"{len(state)}, {', '.join(kinds)}"), *hashes], kind
+
+
+def copy_image_tokenizer(folder: Path, out: Path) -> bool:
+    """Whether the model's folder has an image tokenizer in it, which the other then has too."""
+    files = sorted((folder / "tokenizer").glob("*"))
+    for file in files:
+        atomic_write(out / "tokenizer" / file.name, file.read_bytes())
+    return bool(files)
 
 
 def reader_hint(out: Path, *, to: str, model_type: str) -> str:

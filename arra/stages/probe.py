@@ -30,7 +30,7 @@ from arra.runs import atomic_write
 from arra.stages.language import first_language_model, language_card
 from arra.stages.makers import center_variant, crop_of, used_choices
 from arra.stages.origin import columns_of, noted
-from arra.stages.paint import LoadedRun, load_run
+from arra.stages.painters import LoadedRun, load_run
 from arra.stages.pictures import feature_sample, open_pictures
 from arra.stages.process import Progress, silent
 from arra.stages.watch import open_watcher

@@ -17,7 +17,7 @@ from arra.runs import atomic_write
 from arra.stages.evaluate import PICTURES_FILE, SAME_FAMILY
 from arra.stages.live import live_page
 from arra.stages.origin import noted
-from arra.stages.paint import LoadedRun, load_run
+from arra.stages.painters import LoadedRun, load_run
 
 
 def report(folders: Sequence[Path], out: Path, *, title: str, timings: Sequence[tuple[str, float]] = ()) -> Path:

@@ -17,6 +17,7 @@ from arra.models.fitting import Fitting, name_keys
 from arra.models.llamagen import SIZES, launch_hint, original_state, size_name, told_settings
 from arra.models.weights import Entry, Weights, read_weights
 from arra.runs import atomic_file, atomic_write, file_hash
+from arra.stages.decoder_weights import decoder_hint, export_decoder
 from arra.stages.language_weights import (
     export_language_model,
     import_chameleon,
@@ -206,11 +207,11 @@ def kind_of(weights: Weights) -> str:
 def export_weights(
     folder: Path, out: Path, *, to: str | None = None, dtype: str | None = None, layout: str = "train"
 ) -> Done:
-    """A checkpoint that others' code loads, and how: LlamaGen's scripts, or for a language model `transformers` ("hf")
-    or Lumina-mGPT's ("lumina").
+    """What others' code loads, and how: `transformers` ("hf", the default for a language model), LlamaGen's scripts
+    ("llamagen", the default for others), Lumina-mGPT's, of a language model ("lumina") or its tokenizer ("chameleon").
 
-    Layout "train" is {"model": state dict}, "fsdp" the bare state dict (LlamaGen alone). Without a dtype a language
-    model keeps its own, others become float32.
+    Layout "train" is {"model": state dict}, "fsdp" the bare state dict (LlamaGen alone). Without a dtype folders for
+    `transformers` and Lumina-mGPT keep the model's own, other files are float32.
 
     Raises:
         ArraError: the other code could not run the model, or there is none in the folder.
@@ -223,17 +224,25 @@ def export_weights(
         to = to or "hf"
         rows, model_type = export_language_model(folder, out, to=to, dtype=_dtype(dtype))
         return Done(out, rows, reader_hint(out, to=to, model_type=model_type))
+    if to == "hf":
+        if layout != "train":
+            raise ArraError(f"--layout {layout}: of LlamaGen's checkpoints, --to hf writes a folder; leave it out")
+        if (folder / WEIGHTS_FILE).is_file():
+            raise ArraError(
+                f"{folder}: an image tokenizer, which transformers has no class for; use llamagen or chameleon"
+            )
+        return Done(out, export_decoder(folder, out, dtype=_dtype(dtype)), decoder_hint(out))
     dtype = dtype or "float32"
     if to == "chameleon":
         return _export_vqgan(folder, out, dtype)
-    if to in ("hf", "lumina"):
+    if to == "lumina":
         raise ArraError(
-            f"--to {to}: writes a language model, and {folder} is none of arra's; use llamagen or chameleon"
+            f"--to {to}: writes a language model, and {folder} is none of arra's; use hf, llamagen or chameleon"
         )
     if to not in (None, "llamagen"):
         raise ArraError(
-            f"--to {to}: unknown; expected llamagen, for a language model hf or lumina, for Chameleon's tokenizer "
-            "chameleon"
+            f"--to {to}: unknown; expected hf, for a decoder or a tokenizer llamagen, for a language model lumina, for "
+            "Chameleon's tokenizer chameleon"
         )
     if layout not in ("train", "fsdp"):
         raise ArraError(f"--layout {layout}: unknown; expected train or fsdp")

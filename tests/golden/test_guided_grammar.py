@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from arra.sample.grammar import Guidance, ImageGrammar, InterleavedTopK, Processor, image_processors, image_state
+from arra.sample.logits import SamplingSettings
 from arra.tokenizers.vocabulary import chameleon_code_name, lumina_layout
 
 with np.load(Path(__file__).parent / "arra" / "logits_processors.npz") as stored:
@@ -77,7 +78,7 @@ def test_forced_ids_and_codes() -> None:
 
 def test_guided_scores() -> None:
     for scale, name in [(1.0, "cfg/scale1_guided_value"), (3.0, "cfg/scale3_guided_value"), (4.0, "cfg/guided_value")]:
-        guidance = Guidance(Model(), grammar=ImageGrammar(LAYOUT), cfg_scale=scale)
+        guidance = Guidance(Model(), grammar=ImageGrammar(LAYOUT), sampling=SamplingSettings(cfg_scale=scale))
         for length, guided in zip(LENGTHS, GOLD["guided"], strict=True):
             expected = torch.from_numpy(GOLD[name]) if guided else COND
             torch.testing.assert_close(run([guidance], length), expected, atol=3e-4, rtol=0)

@@ -180,7 +180,7 @@ def test_packing_leaves_a_model_alone_where_a_layer_is_wrapped_or_memory_is_shor
     heard = nn.Linear(64, 192, bias=False)
     heard.register_forward_hook(lambda module, inputs, output: None)
     assert not is_packed(heard)
-    monkeypatch.setattr("arra.models.products._free_bytes", lambda: 1000.0)
+    monkeypatch.setattr("arra.models.products.free_bytes", lambda: 1000.0)
     assert not is_packed(nn.Linear(64, 192, bias=False))
 
 
@@ -213,7 +213,7 @@ def test_painting_with_packed_weights_is_painting(num_kv_heads: int, monkeypatch
     model = tiny(num_kv_heads=num_kv_heads)
     packed = generate(model, labels=[0, 3], seeds=[1, 2], cfg_scale=2.0).codes
     assert not any("packed" in key for module in model.modules() for key in module.__dict__)
-    monkeypatch.setattr("arra.models.products._free_bytes", lambda: 0.0)
+    monkeypatch.setattr("arra.models.products.free_bytes", lambda: 0.0)
     assert torch.equal(generate(model, labels=[0, 3], seeds=[1, 2], cfg_scale=2.0).codes, packed)
     monkeypatch.setattr("arra.models.decoder._steps_fast", lambda model, x: False)
     assert torch.equal(generate(model, labels=[0, 3], seeds=[1, 2], cfg_scale=2.0).codes, packed)

@@ -13,7 +13,15 @@ from arra.data.layout import Grid, ImageLayout
 from arra.errors import ArraError
 from arra.models.causal import CausalLM
 from arra.sample.generate import generate
-from arra.sample.grammar import ImageGrammar, InterleavedTopK, image_processors, image_state, unconditional_context
+from arra.sample.grammar import (
+    ImageGrammar,
+    InterleavedTopK,
+    image_processors,
+    image_state,
+    unconditional_context,
+    unmask_codes,
+)
+from arra.sample.logits import SamplingSettings
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -26,6 +34,7 @@ LUMINA = GENERIC.model_copy(
 CHAMELEON = ImageLayout(family="chameleon", separator=3, **{**IDS, "closing": ()})
 LAYOUTS: dict[str, ImageLayout] = {layout.family: layout for layout in (GENERIC, LUMINA, CHAMELEON)}
 PROMPTS = [[5, 6, 7, 8], [9], []]
+CHOSEN = ("cfg_scale", "image_top_k", "text_top_k", "sampling", "seeds")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +69,7 @@ def painted(lm: Any, layout: ImageLayout, rows: list[list[int]], grid: Grid, **o
     """What `generate` writes behind the rows."""
     given = padded(rows)
     width = given["input_ids"].shape[1]
-    chosen = {name: options.pop(name) for name in ("cfg_scale", "image_top_k", "text_top_k") if name in options}
+    chosen = {name: options.pop(name) for name in CHOSEN if name in options}
     steps = image_processors(lm, layout, grid=grid, prompt_length=width, **chosen)
     options = {"do_sample": False, "max_new_tokens": len(layout.image(grid)) + len(layout.closing), **options}
     out = lm.generate(**given, logits_processor=transformers.LogitsProcessorList(steps), **options)
@@ -227,5 +236,73 @@ def test_masked_codes_are_told() -> None:
     scores = torch.zeros(1, 50)
     scores[:, 40:49] = torch.finfo(torch.float32).min
     grammar = ImageGrammar(GENERIC)
-    with pytest.raises(ArraError, match=r"gives no code any score .*; sample with arra\.generate"):
+    with pytest.raises(ArraError, match=r"gives no code any score .*; call arra\.sample\.grammar\.unmask_codes"):
         grammar(torch.tensor([[1, 20, 23, 23]]), scores)
+
+
+SCHEDULES: list[dict[str, Any]] = [
+    {},
+    {"cfg_schedule": "linear"},
+    {"cfg_schedule": "cosine", "cfg_power": 2.0, "cfg_stop": 0.7},
+    {"cfg_schedule": "power", "cfg_power": 0.5, "cfg_start": 0.4},
+    {"cfg_interval": 2},
+]
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda told: "-".join(map(str, told.values())) or "constant")
+def test_arra_paints_the_same_for_a_seed(llama: Any, family: str, schedule: dict[str, Any]) -> None:
+    """Every schedule of guidance, filters, prompts of different lengths, two pictures of each."""
+    layout, grid = LAYOUTS[family], (4, 2)
+    sampling = SamplingSettings(cfg_scale=3.0, temperature=0.8, top_k=7, top_p=0.9, min_p=0.01, **schedule)
+    model = CausalLM(llama, layout=layout, grid=grid, text_tokenizer=Numbers())
+    words = [" ".join(map(str, prompt)) for prompt in PROMPTS]
+    ours = generate(model, prompts=words, seeds=[3, 4], **sampling.model_dump()).codes
+    rows = [layout.prefix(prompt, grid) for prompt in PROMPTS for _ in range(2)]
+    written = painted(llama, layout, rows, grid, sampling=sampling, seeds=[3, 4] * 3)
+    for row, tokens, codes in zip(rows, written, ours, strict=True):
+        assert (layout.read_image([*row, *tokens], grid=grid) == codes.numpy()).all()
+    assert len({tuple(tokens) for tokens in written}) > 1
+
+
+def test_a_draw_needs_a_grid_and_a_seed_a_row(llama: Any) -> None:
+    with pytest.raises(ArraError, match="seeds: the keys of a seed are those of a whole picture; say which grid"):
+        image_processors(llama, GENERIC, seeds=[0])
+    with pytest.raises(ArraError, match="seeds: 2 for 1 rows; give one for each"):
+        painted(llama, GENERIC, [GENERIC.prefix([5], (1, 2))], (1, 2), seeds=[0, 1])
+
+
+def chameleon() -> Any:
+    """Of `transformers`, with codes of the layout's ids among its tokens."""
+    names = {f"IMGIMG{'ABCDEFGHIJ'[number]}Z": 40 + number for number in range(9)}
+    names |= {f"<word{token}>": token for token in range(40)} | {"<image>": 49}
+    torch.manual_seed(0)
+    config = transformers.ChameleonConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, vocabulary_map=names,
+        initializer_range=0.5, vq_config={
+            "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "embed_dim": 8, "latent_channels": 8,
+            "num_embeddings": 9,
+        },
+    )  # fmt: skip
+    return transformers.ChameleonForConditionalGeneration(config).eval()
+
+
+def test_chameleon_of_transformers_paints_once_its_codes_are_unmasked() -> None:
+    lm, grid = chameleon(), (2, 3)
+    model = CausalLM(lm, layout=CHAMELEON, grid=grid, text_tokenizer=Numbers())
+    rows = [CHAMELEON.prefix(prompt, grid) for prompt in PROMPTS]
+    with pytest.raises(ArraError, match=r"call arra\.sample\.grammar\.unmask_codes\(lm\) first"):
+        painted(lm, CHAMELEON, rows, grid)
+    unmask_codes(lm)
+    words = [" ".join(map(str, prompt)) for prompt in PROMPTS]
+    told: list[dict[str, Any]] = [{"cfg_scale": 1.0}, {"cfg_scale": 3.0}]
+    for more in told:
+        ours = generate(model, prompts=words, seeds=[0] * 3, temperature=0.0, **more).codes
+        for row, tokens, codes in zip(rows, painted(lm, CHAMELEON, rows, grid, **more), ours, strict=True):
+            assert (CHAMELEON.read_image([*row, *tokens], grid=grid) == codes.numpy()).all()
+    ids = torch.tensor([[1, 5, 20, 41]])
+    with torch.no_grad():
+        expected = lm.lm_head(lm.model(ids).last_hidden_state)
+        assert torch.equal(lm(ids).logits, expected)
+        assert torch.equal(lm(ids).logits, expected)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from arra.errors import ArraError
 from arra.runs import Run
 from arra.stages.checkpoint import checkpoint_table, model_of_checkpoint
-from arra.stages.paint import load_painter
+from arra.stages.painters import load_painter
 
 Runs = Callable[..., Any]
 

@@ -33,7 +33,7 @@ from arra.stages.makers import (
     wanted_columns,
 )
 from arra.stages.origin import columns_of
-from arra.stages.paint import load_run
+from arra.stages.painters import load_run
 from arra.stages.prepare import PrepareOptions, asked_features, prepare
 from tests.conftest import Pipeline
 

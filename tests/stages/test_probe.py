@@ -14,7 +14,7 @@ import yaml
 
 from arra.config import load_recipe
 from arra.errors import ArraError
-from arra.stages.paint import load_run
+from arra.stages.painters import load_run
 from arra.stages.probe import parse_layers, probe, suggested
 from arra.stages.watch import classes_of, halves, open_watcher
 from arra.train.watch import Measured

@@ -13,7 +13,7 @@ from arra.errors import ArraError
 from arra.evaluate.card import measure, values_key
 from arra.evaluate.evaluation import encode_all, paint_split
 from arra.evaluate.retrieval import retrieval_ranks
-from arra.stages.paint import LoadedRun, load_run
+from arra.stages.painters import LoadedRun, load_run
 from arra.stages.quality import Quality, open_quality
 from tests.conftest import Pipeline
 

@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 
 import arra
-from arra.stages.paint import load_run, paint_prompts
+from arra.stages.paint import paint
+from arra.stages.painters import load_run
+from arra.stages.request import PaintOptions, PaintRequest
+from arra.stages.wishes import Asked
 
 PROMPTS = ["red circle left", "blue bar"]
 
@@ -35,9 +38,9 @@ def test_a_run_folder_is_a_model(pipeline, tmp_path: Path):
     assert (result.images.dtype, tuple(result.images.shape)) == (torch.uint8, (2, 16, 16, 3))
     assert (result.prompts, result.seeds) == (PROMPTS, [3, 4])
     # the command paints the same pictures
-    written = paint_prompts(load_run(pipeline.aligned), PROMPTS, [3, 4], tmp_path, overrides={})
+    paint(PaintRequest(pipeline.aligned, Asked(prompts=tuple(PROMPTS)), seeds=[3, 4]), options=PaintOptions(tmp_path))
     for number, image in ((0, result.images[0]), (3, result.images[1])):
-        with Image.open(written[number]) as painted:
+        with Image.open(tmp_path / f"{number:06d}.png") as painted:
             assert np.array_equal(np.asarray(painted), image.numpy())
     greedy = [arra.generate(model, prompts=PROMPTS, seeds=[seed], temperature=0).codes for seed in (0, 1)]
     assert greedy[0].equal(greedy[1])

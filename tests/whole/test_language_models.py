@@ -260,13 +260,16 @@ def test_chameleons_kin_paint_any_aspect(shop: Workshop) -> None:
     paint = ("generate", "run", "--prompt", "opacity 3", "--seeds", "0-1", "--top-k", 5, "--out", "painted")
     shop.done(*paint, "--image-size", "128x64")
     assert sizes("painted") == [(128, 64)] * 2
-    shop.done(*paint)
+    assert "image_size 128x64 there, now 64x64; choose another --out" in shop.refused(*paint)
+    shop.done(*paint, "--replace")
     assert sizes("painted") == [(64, 64)] * 2
     assert "sides of 3 x 3 codes cannot be written" in shop.refused(*paint, "--image-size", 48)
     assert "trained on pictures of many shapes" in shop.refused("evaluate", "run")
     assert "Lumina-mGPT: Chameleon" in shop.done("export", "run", "exported", "--to", "lumina")
     assert "no such folder" in shop.refused("export", "rum", "other", "--to", "lumina")
-    assert "--to hf: writes a language model, and vqgan is none" in shop.refused("export", "vqgan", "x", "--to", "hf")
+    assert "vqgan: an image tokenizer, which transformers has no class for" in shop.refused(
+        "export", "vqgan", "x", "--to", "hf"
+    )
     assert "--layout fsdp: of LlamaGen's" in shop.refused("export", "run", "other", "--layout", "fsdp")
 
 

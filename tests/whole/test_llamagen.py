@@ -13,10 +13,11 @@ import safetensors.torch
 import torch
 from PIL import Image, ImageDraw
 
+from arra.data.store import Store
 from arra.evaluate.card import Evaluation
 from arra.models import load_decoder, save_model
 from arra.runs import Run
-from arra.stages.paint import load_run
+from arra.stages.painters import load_run
 from arra.train.checkpoints import saved_step
 from tests.encoders.toy_t5 import make_toy_t5
 from tests.models.original import gpt_shapes
@@ -140,10 +141,13 @@ def test_classes_from_a_folder_to_the_report(classes: Workshop) -> None:
         assert picture.size == (16, 16)
         assert picture.info["arra:class"] == "red bar"
     first = {row["file"]: (out / row["file"]).read_bytes() for row in found}
-    classes.done("generate", aligned, *asked, "--out", out, "--batch-size", 1)
-    with Image.open(out / found[3]["file"]) as picture, Image.open(classes.root / "painted/000003.png") as other:
-        assert np.array_equal(np.asarray(picture), np.asarray(other))
-    assert first == {row["file"]: (out / row["file"]).read_bytes() for row in found}
+    alone = classes.root / "painted_alone"
+    classes.done("generate", aligned, *asked, "--out", alone, "--batch-size", 1)
+    assert first == {row["file"]: (alone / row["file"]).read_bytes() for row in found}
+    classes.done("generate", aligned, "--split", "heldout", "--num-images", 3, "--out", classes.root / "split")
+    records = Store.open(store)
+    asked_of = [records.fields(int(row), "id", "label") for row in records.rows("heldout")[:3]]
+    assert [(row["id"], row["label"]) for row in samples(classes.root / "split")] == asked_of
     assert "no such class; did you mean 'red bar'?" in classes("generate", plain, "--label", "red bat").error
 
     assert "class_gain" in classes.done("evaluate", plain, aligned)
@@ -320,6 +324,9 @@ def test_captions_from_pictures_to_the_report(tmp_path: Path, run_arra: Callable
     assert "no such folder" in shop(*asked).error
     shop.done(*asked, "--text-encoder", tmp_path / "moved", "--out", tmp_path / "again")
     assert (tmp_path / "again" / "000000.png").is_file()
+    # the records' own features lie in the store, so that no encoder is needed
+    shop.done("generate", aligned, "--split", "heldout", "--num-images", 2, "--out", tmp_path / "split")
+    assert [(row["seed"], "id" in row) for row in samples(tmp_path / "split")] == [(0, True), (1, True)]
 
     shop.done("evaluate", aligned)
     expected = {"nll", "caption_gain", "retrieval_at_1", "caption_retrieval_at_1", "frechet", "kid_x1000", "psnr_db"}

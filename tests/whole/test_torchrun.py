@@ -52,7 +52,7 @@ def test_one_process_reads_and_repeats_it(pipeline, sharded: Path) -> None:
     """With another kind of parallelism, which is no part of what a run is."""
     from arra.config import load_recipe
     from arra.data.store import Store
-    from arra.stages.paint import load_run
+    from arra.stages.painters import load_run
     from arra.stages.train import train
 
     before = Run.open(sharded).read_metrics()
@@ -69,3 +69,20 @@ def test_what_a_user_can_fix_is_said_once(pipeline, tmp_path: Path) -> None:
     lines = re.findall("^.*error: .*$", done.stderr, re.MULTILINE)
     assert lines == ["error: train.batch_size: 1 pictures cannot be shared by 2 processes; raise it, or start fewer"]
     assert not folder.exists()
+
+
+def test_two_processes_paint_what_one_paints(pipeline, tmp_path: Path, run_arra) -> None:
+    asked = ("generate", str(pipeline.aligned), "--split", "heldout", "--num-images", "9", "--batch-size", "2", "--npz")
+    assert run_arra(*asked, "--out", tmp_path / "one").code == 0
+    two = tmp_path / "two"
+    done = torchrun(*asked, "--out", str(two))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count(f"9 pictures in {two} (9 painted now, ") == 1  # the first process talks
+    for path in (tmp_path / "one").iterdir():
+        assert (two / path.name).read_bytes() == path.read_bytes(), path.name
+    assert len(list(two.iterdir())) == len(list((tmp_path / "one").iterdir()))
+    other = torchrun(*asked, "--out", str(two), "--temperature", "0.5")
+    assert other.returncode != 0
+    lines = re.findall("^.*error: .*$", other.stderr, re.MULTILINE)
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error: {two}: holds pictures of another request: temperature ")
