@@ -306,7 +306,7 @@ def gpu(case: Case) -> dict[str, Any]:
 
 
 def in_turn(cases: dict[str, Case], options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], float]:
-    """What a process of its own found of each case, the fastest of some rounds, and the best read rate, bytes a second."""
+    """What a process of its own found of each case, the fastest of some rounds; the best read rate in bytes a second."""
     reads = [in_process("machine", options.threads)["read"]]
     found: dict[str, dict[str, Any]] = {}
     for _ in range(options.rounds):

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Complex, Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from arra.models import lean
 from arra.models.cache import KVCache, LayerWindow
 from arra.models.dropout import dropped
-from arra.models.products import inferred, inferred_pair, inferred_sum, is_unheard
+from arra.models.products import inferred, inferred_pair, is_unheard
 from arra.models.settings import DecoderSettings
 
 
@@ -149,28 +149,6 @@ class Attention(nn.Module):
         )
         return lean.linear(attended.transpose(1, 2).flatten(2), self.wo)
 
-    def step(
-        self,
-        normed: Float[Tensor, "R D"],
-        batch: int,
-        turns: Complex[Tensor, "E2"],
-        mask: Tensor | None,
-        cache: KVCache,
-        layer: int,
-        start: int,
-    ) -> Float[Tensor, "B D"]:
-        """What `wo` is to be given at one position of `batch` sequences; rows after theirs are filling."""
-        turning = self.num_heads + self.kv_heads
-        heads = inferred(normed, self.wqkv)[:batch].view(batch, -1, self.head_dim)
-        lean.turn_step(heads[:, :turning], turns)
-        query = heads[:, : self.num_heads, None]
-        both = heads[:, self.num_heads :].unflatten(1, (2, self.kv_heads))
-        key, value = cache.write_step(layer, start, both)
-        attended = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, enable_gqa=self.kv_heads != self.num_heads
-        )
-        return attended.view(batch, -1)
-
     def _heads(self, x: Tensor, norm: RMSNorm, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, S, E) of the normed stream, the first two turned by the rotary table."""
         turning, kinds = self.num_heads + self.kv_heads, [self.num_heads, self.kv_heads, self.kv_heads]
@@ -208,7 +186,10 @@ class FeedForward(nn.Module):
             )
             return added.view_as(x)
         normed = norm(x)
-        return lean.linear(F.silu(lean.linear(normed, self.w1)) * lean.linear(normed, self.w3), self.w2)
+        if torch.is_grad_enabled():
+            return lean.linear(F.silu(lean.linear(normed, self.w1)) * lean.linear(normed, self.w3), self.w2)
+        gate, value = inferred_pair(normed.flatten(0, 1), *self.side_by_side)
+        return inferred(F.silu(gate).mul_(value), self.w2).view_as(x)
 
 
 class Block(nn.Module):
@@ -240,24 +221,6 @@ class Block(nn.Module):
         added = self.attention(x, self.attention_norm, table, mask, cache, layer, start)
         x = self._joined(x, added, 0, seeds, paths)
         return self._joined(x, self.feed_forward(x, self.ffn_norm), 1, seeds, paths)
-
-    def step(
-        self,
-        x: Float[Tensor, "R D"],
-        batch: int,
-        turns: Complex[Tensor, "E2"],
-        mask: Tensor | None,
-        cache: KVCache,
-        layer: int,
-        start: int,
-    ) -> Float[Tensor, "R D"]:
-        """One position's stream after this block. For inference in float32."""
-        attended = self.attention.step(self.attention_norm(x), batch, turns, mask, cache, layer, start)
-        if len(x) > batch:
-            attended = F.pad(attended, (0, 0, 0, len(x) - batch))
-        x = inferred_sum(x, attended, self.attention.wo)
-        gate, value = inferred_pair(self.ffn_norm(x), *self.feed_forward.side_by_side)
-        return inferred_sum(x, F.silu(gate).mul_(value), self.feed_forward.w2)
 
     def _joined(self, x: Tensor, added: Tensor, branch: int, seeds: Tensor | None, paths: Tensor | None) -> Tensor:
         p = self.dropouts[branch]

@@ -7,7 +7,8 @@ positions, D model width, F caption feature size, K codes.
 Source: FoundationVision/LlamaGen, autoregressive/models/gpt.py (behaviour matched, its defects not).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -25,8 +26,9 @@ from arra.models.cache import KVCache, LayerWindow
 from arra.models.dropout import dropped, path_factors, random_seeds, site_seeds
 from arra.models.head import CalledHead, Head, head_of
 from arra.models.hub import DecoderFromHub
-from arra.models.products import MIN_ROWS, is_unheard
+from arra.models.products import is_unheard, packed_layers
 from arra.models.settings import DecoderSettings
+from arra.models.stepping import PackedBlock, Stepper
 
 __all__ = ["Condition", "Decoder", "DecoderSettings", "ModelOutput", "TextTokenizer", "left_padded"]
 
@@ -94,6 +96,7 @@ class Decoder(nn.Module, DecoderFromHub):
         super().__init__()
         self.settings = settings
         self.text_tokenizer: TextTokenizer | None = None
+        self._stepper: Stepper | None = None
         self.about: dict[str, Any] = {}  # free facts that model.json keeps: origin of the weights, text encoder
         self.cls_embedding: nn.Module = EMBEDDINGS[settings.condition](settings)
         self.tok_embeddings = nn.Embedding(settings.num_codes, settings.hidden_size)
@@ -123,6 +126,38 @@ class Decoder(nn.Module, DecoderFromHub):
     def blocks(self) -> list[nn.Module]:
         """The blocks, first to last, as parallelism and recomputing take them."""
         return list(self.layers)
+
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """A block in which it paints fastest on a CPU, with its matrices packed.
+
+        For painting alone: nothing may be trained, wrapped or listened to anew in it.
+        """
+        with packed_layers(self):
+            before, self._stepper = self._stepper, self._made_stepper()
+            try:
+                yield
+            finally:
+                self._stepper = before
+
+    def _made_stepper(self) -> Stepper | None:
+        """What takes single positions through the blocks; None where layers are not packed or somebody listens."""
+        parts, settings = [], self.settings
+        if self.training:
+            return None
+        for block in self.layers:
+            part = PackedBlock.of(block) if all(map(is_unheard, block.modules())) else None
+            if part is None:
+                return None
+            parts.append(part)
+        return Stepper(
+            blocks=tuple(parts),
+            num_heads=settings.num_heads,
+            kv_heads=settings.kv_heads,
+            head_dim=settings.head_dim,
+            ffn_width=settings.ffn_width,
+            eps=torch.tensor(settings.norm_eps),
+        )
 
     def new_cache(self, batch_size: int, *, length: int | None = None) -> KVCache:
         """Room for whole sequences of `batch_size` rows, the last code excepted (nothing comes after it)."""
@@ -166,8 +201,9 @@ class Decoder(nn.Module, DecoderFromHub):
         if seeds is not None:
             x = dropped(x, self.settings.token_dropout, seeds[-1])
         captured = {0: x} if 0 in capture else {}
-        if cache is not None and end == start + 1 and _steps_fast(self, x):
-            return self._step(x, table, mask, cache, start, capture, captured)
+        single = cache is not None and end == start + 1 and not capture and not torch.is_grad_enabled()
+        if self._stepper is not None and cache is not None and single:
+            return ModelOutput(self.norm(self._stepper(x, table, mask, cache, start)), captured)
         for index, block in enumerate(self.layers):
             drops = [None if each is None else each[index] for each in (seeds, paths)]
             x = block(x, table, mask, cache, index, start, *drops)
@@ -183,26 +219,6 @@ class Decoder(nn.Module, DecoderFromHub):
             seeds = random_seeds(len(tokens), tokens.device)
         by_site, share = site_seeds(seeds, self.settings.num_layers + 1), self.settings.drop_path
         return by_site, path_factors(by_site[:-1], share, site=2) if share else None
-
-    def _step(
-        self,
-        x: Float[Tensor, "B 1 D"],
-        table: Tensor,
-        mask: Tensor | None,
-        cache: KVCache,
-        start: int,
-        capture: Sequence[int],
-        captured: dict[int, Tensor],
-    ) -> ModelOutput:
-        """`forward` for one position without gradients on a CPU: the same formulas in fewer, larger steps."""
-        batch = len(x)
-        rows = F.pad(x[:, 0], (0, 0, 0, max(MIN_ROWS - batch, 0)))
-        turns = torch.view_as_complex(table)[0]  # (E/2,)
-        for index, block in enumerate(self.layers):
-            rows = block.step(rows, batch, turns, mask, cache, index, start)  # type: ignore[operator]
-            if index + 1 in capture:
-                captured[index + 1] = rows[:batch, None]
-        return ModelOutput(self.norm(rows)[:batch, None], captured)
 
     def _embed(self, tokens: Tensor, start: int, caption: Tensor | None, null_caption: Tensor | None) -> Tensor:
         num_prefix = min(max(self.settings.prefix_length - start, 0), tokens.shape[1])
@@ -401,16 +417,6 @@ class Decoder(nn.Module, DecoderFromHub):
         placeholders = torch.zeros(features.shape[:2], dtype=torch.int64, device=self.device)
         null = torch.zeros(len(features), dtype=torch.bool, device=self.device)
         return self._with_rep(Prefix(placeholders, mask, features, null))
-
-
-def _steps_fast(model: Decoder, x: Tensor) -> bool:
-    """Whether `_step` may stand in: float32 on a CPU, no gradients, and nobody listens to what it does not call."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and not (model.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        and all(map(is_unheard, model.layers.modules()))
-    )
 
 
 def checked_codes(

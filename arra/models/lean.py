@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Complex, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -155,11 +155,6 @@ def turn_heads(
     """Nothing; the first `turning` heads are overwritten, turned forth or back."""
     turns = torch.view_as_complex(table)[:, None]  # (S, 1, E/2)
     torch.view_as_complex(heads[:, :, :turning].unflatten(-1, (-1, 2))).mul_(turns.conj() if back else turns)
-
-
-def turn_step(heads: Float[Tensor, "B H E"], turns: Complex[Tensor, "E2"]) -> None:
-    """Nothing; the heads of one position are overwritten, turned."""
-    torch.view_as_complex(heads.unflatten(-1, (-1, 2))).mul_(turns)
 
 
 def drop_add(

@@ -2,8 +2,9 @@
 
 torch multiplies float32 matrices with MKL. oneDNN, which it uses for convolutions, was 5 to 15 % faster at a decoder's
 training shapes and three times at the few rows of decoding, most of it with weights in its own packed layout
-(`benchmarks/decoder.py`). From two rows on its result for a row is the same bits at any number of rows and packed or
-not; MKL's is not below four rows, and changes with threads. On other devices and for other types torch does as always.
+(`benchmarks/decoder.py`, `benchmarks/sample.py`). With torch 2.14, from two rows on, its result for a row is the same
+bits at any number of rows and packed or not (with 2.11 up to rounding); MKL's is not below four rows, and changes with
+threads. On other devices and for other types torch does as always.
 Letters: N rows, I input width, O output width.
 """
 
@@ -68,17 +69,13 @@ def inferred(x: Float[Tensor, "*any I"], layer: nn.Module) -> Float[Tensor, "*an
 
 
 @contextmanager
-def packed_weights(model: nn.Module) -> Iterator[None]:
-    """A block in which the model's matrices also lie in oneDNN's layout, where that pays and memory allows.
+def packed_layers(model: nn.Module) -> Iterator[None]:
+    """A block in which the matrices also lie in oneDNN's layout, where that pays and memory allows.
 
-    The copy takes as much memory as the weights. It must not be trained in the block. A model that has a `packed` of
-    its own (language models) does it so.
+    For a model whose linear layers are all called by `inferred`. The copy takes as much memory as the weights. It must
+    not be trained in the block.
     """
-    if (own := getattr(model, "packed", None)) is not None:
-        with own():
-            yield
-        return
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and _PACKED not in layer.__dict__]
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and not _is_packed(layer)]
     weights = [layer.weight for layer in layers]
     sound = all(map(is_plain, layers)) and all(uses_onednn(weight) and weight.numel() for weight in weights)
     if not sound or 4 * sum(weight.numel() for weight in weights) > free_bytes() / 2:
@@ -88,11 +85,12 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     partner: dict[nn.Module, nn.Linear] = {
         first: second for first, second in asked if is_plain(first) and is_plain(second)
     }
-    seconds = set(partner.values())
+    seconds, together = set(partner.values()), torch.empty(0)
     try:
         for layer in layers:
-            if layer in partner:
-                layer.__dict__[_PACKED_PAIR] = pack(torch.cat([layer.weight, partner[layer].weight]))
+            if layer in partner:  # one piece of memory for all: pieces that are given back leave holes
+                torch.cat([layer.weight.detach(), partner[layer].weight.detach()], out=together)
+                layer.__dict__[_PACKED_PAIR] = pack(together)
             elif layer not in seconds:
                 layer.__dict__[_PACKED] = pack(layer.weight)
         yield
@@ -100,6 +98,10 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             layer.__dict__.pop(_PACKED, None)
             layer.__dict__.pop(_PACKED_PAIR, None)
+
+
+def _is_packed(layer: nn.Module) -> bool:
+    return _PACKED in layer.__dict__ or _PACKED_PAIR in layer.__dict__
 
 
 def packed_product(
@@ -116,12 +118,21 @@ def packed_product(
     return found if x.dim() == 2 else found.unflatten(0, x.shape[:-1])
 
 
-def inferred_sum(x: Float[Tensor, "N O"], inner: Float[Tensor, "N I"], layer: nn.Module) -> Float[Tensor, "N O"]:
-    """x + layer(inner) where no gradients are wanted, in one step from packed weights."""
-    packed = layer.__dict__.get(_PACKED)
-    if packed is None or len(x) < MIN_ROWS or not is_plain(layer):
-        return x + inferred(inner, layer)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inner, x, packed, None, "add")
+def packed_whole(x: Float[Tensor, "R I"], weight: Tensor) -> Float[Tensor, "R O"]:
+    """`packed_product` of at least `MIN_ROWS` rows."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+    return found
+
+
+def packed_sum(x: Float[Tensor, "R O"], inner: Float[Tensor, "R I"], weight: Tensor) -> Float[Tensor, "R O"]:
+    """x plus the product of `inner` and a packed weight, for at least `MIN_ROWS` rows."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inner, x, weight, None, "add")
+    return found
+
+
+def packed_of(layer: nn.Module, *, pair: bool = False) -> Tensor | None:
+    """A layer's packed weight, alone or with that of the layer by its side; None where it is not packed so."""
+    found: Tensor | None = layer.__dict__.get(_PACKED_PAIR if pair else _PACKED)
     return found
 
 

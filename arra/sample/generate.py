@@ -16,7 +16,6 @@ from torch import Tensor
 
 from arra.errors import ArraError
 from arra.models import Painter
-from arra.models.products import packed_weights
 from arra.sample.decoding import FREE, Batch, Prefixes, decode_batch
 from arra.sample.graphs import StaticLoop, StaticReader
 from arra.sample.jacobi import check_window, decode_jacobi
@@ -87,7 +86,7 @@ class Engine:
 
     def __enter__(self) -> "Engine":
         self._open.enter_context(_evaluating(self.model))
-        self._open.enter_context(packed_weights(self.model))
+        self._open.enter_context(self.model.packed())
         return self
 
     def __exit__(self, *raised: Any) -> None:
@@ -210,7 +209,7 @@ def generate(
     An image is a function of the weights, its condition, its seed and the sampling settings, not of `batch_size`, of
     the order or of the other images: each has its own generator, every key is drawn before the first code, and
     pictures are decoded in a way that does not depend on their number. What is left is that matrix products may round
-    differently at other numbers of rows (not on a CPU with oneDNN, see `arra/models/products.py`): of two codes whose
+    differently at other numbers of rows (not on a CPU with torch 2.14, see `arra/models/products.py`): of two codes whose
     noisy scores agree to about 1e-6 the other may win.
 
     The model's mode, state dict and the global random state are left as they were.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from arra.errors import ArraError
 from arra.models import CausalLM, Condition, Painter
+from arra.models.head import Head
 from arra.models.products import free_bytes
 from arra.sample.logits import SamplingSettings
 from arra.tokenizers import ImageTokenizer
@@ -30,6 +31,8 @@ to within a tenth; on a GPU the input of a block, its norm, activation and convo
 PICTURES_TOGETHER = 8
 """Pictures that a GPU decodes from codes together, always as many, so that a picture is the same bits in any company.
 A CPU decodes one after the other: it has no more to do at once, and their memory is that of one."""
+PACKED_KINDS = ("Linear", "Conv1D")
+"""Layers whose weights a CPU packs; the latter are GPT-2's."""
 GIB = 2**30
 
 
@@ -44,7 +47,8 @@ class PaintingMemory:
     tokenizer: int
     """The image tokenizer's weights."""
     cache: int
-    """Keys and values of all rows and positions; twice where null rows join others that have begun."""
+    """Keys and values of all rows and positions; twice where null rows join others that have begun, or where steps of
+    fixed shapes have a memory of their own."""
     prefixes: int
     """The same of the prefixes alone, which are kept for the next batch."""
     reading: int
@@ -79,12 +83,14 @@ def painting_memory(
     grid: tuple[int, int] | None = None,
     prefix_length: int | None = None,
     device: torch.device | None = None,
+    static: bool = False,
 ) -> PaintingMemory:
     """The memory that painting batches of B images takes, if every image has a prompt of its own.
 
     `prefix_length` C is how many positions are read at once before the first code that is painted: what the condition
     takes, and given codes at the beginning; a decoder knows the former, a language model does not. `device` is where
-    the model will be, for one that is on meta. Layers of a language model that forget (sliding windows) are counted as
+    the model will be, for one that is on meta; `static` says that steps of fixed shapes paint (`graphs.py`), whose
+    memory has room for null rows always. Layers of a language model that forget (sliding windows) are counted as
     if they kept all.
     """
     device, grid = device or model.device, grid or model.settings.grid
@@ -92,6 +98,7 @@ def painting_memory(
     scales = settings.cfg_scales(num_codes)
     guided = any(scale != 1 for scale in scales)
     rows, joins = batch_size * (1 + guided), guided and scales[0] == 1
+    cached = 2 * batch_size + rows // (1 + joins) if static else rows * (1 + joins)
     if prefix_length is None:
         if isinstance(model, CausalLM):
             raise ValueError("prefix_length: a language model's depends on its prompts")
@@ -102,7 +109,7 @@ def painting_memory(
         weights=held_bytes(model),
         copies=_copies(model, device),
         tokenizer=0 if tokenizer is None else held_bytes(tokenizer.model),
-        cache=rows * model.memory_length(prefix, grid) * position * (1 + joins),
+        cache=cached * model.memory_length(prefix, grid) * position,
         prefixes=rows * (prefix_length * position + shape.codes * WIDE),
         reading=_reading(shape, rows, prefix_length),
         logits=shape.codes * (rows * WIDE + batch_size * DRAW_BYTES),
@@ -180,13 +187,13 @@ def _first(config: Any, *names: str) -> int | None:
 
 
 def _copies(model: Painter, device: torch.device) -> int:
-    copies = 0
-    if isinstance(model, CausalLM):
-        head = model.lm_head
-        copies += model.settings.num_codes * model.hidden_size * head.weight.element_size()
-    elif device.type == "cpu":
-        copies += sum(held_bytes(layer) for layer in model.modules() if isinstance(layer, nn.Linear))
-    return copies
+    of_codes, inner = 0, model.base if isinstance(model, CausalLM) else model
+    if isinstance(model, CausalLM) and isinstance(head := model.lm_head, Head):
+        of_codes = model.settings.num_codes * model.hidden_size * head.weight.element_size()
+    if device.type != "cpu":
+        return of_codes
+    weights = (part.get_parameter("weight") for part in inner.modules() if type(part).__name__ in PACKED_KINDS)
+    return of_codes + sum(weight.numel() * WIDE for weight in weights if weight.dtype == torch.float32)
 
 
 def _reading(shape: _Shape, rows: int, length: int) -> int:

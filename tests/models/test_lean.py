@@ -13,7 +13,7 @@ from arra.models import lean, load_decoder, products
 from arra.models.blocks import apply_rotary, rotary_table
 from arra.models.decoder import Decoder
 from arra.models.dropout import dropped, path_factors
-from arra.models.products import inferred, packed_weights, product
+from arra.models.products import inferred, packed_layers, product
 from arra.models.settings import DecoderSettings
 from arra.sample.generate import generate
 from arra.train.objective import compute_losses
@@ -158,7 +158,7 @@ def test_packed_weights_give_the_same_bits_at_any_number_of_rows() -> None:
     x = torch.randn(40, 64)
     with torch.no_grad():
         unpacked = inferred(x, layer)
-        with packed_weights(nn.Sequential(layer)):
+        with packed_layers(nn.Sequential(layer)):
             assert torch.equal(inferred(x, layer), unpacked)
             for rows in (4, 5, 7, 16, 33):
                 assert torch.equal(inferred(x[:rows], layer), unpacked[:rows])
@@ -172,7 +172,7 @@ def test_packing_leaves_a_model_alone_where_a_layer_is_wrapped_or_memory_is_shor
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def is_packed(layer: nn.Module) -> bool:
-        with packed_weights(nn.Sequential(layer)):
+        with packed_layers(nn.Sequential(layer)):
             return any("packed" in key for key in layer.__dict__)
 
     assert is_packed(nn.Linear(64, 192, bias=False))
@@ -210,12 +210,15 @@ def test_attention_dropout_is_for_training_alone() -> None:
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 def test_painting_with_packed_weights_is_painting(num_kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny(num_kv_heads=num_kv_heads)
+    model = tiny(num_kv_heads=num_kv_heads).eval()
     packed = generate(model, labels=[0, 3], seeds=[1, 2], cfg_scale=2.0).codes
     assert not any("packed" in key for module in model.modules() for key in module.__dict__)
-    monkeypatch.setattr("arra.models.products.free_bytes", lambda: 0.0)
+    with model.packed():
+        assert model._stepper is not None
+    assert model._stepper is None
+    monkeypatch.setattr("arra.models.decoder.Decoder._made_stepper", lambda model: None)  # packed, block by block
     assert torch.equal(generate(model, labels=[0, 3], seeds=[1, 2], cfg_scale=2.0).codes, packed)
-    monkeypatch.setattr("arra.models.decoder._steps_fast", lambda model, x: False)
+    monkeypatch.setattr("arra.models.products.free_bytes", lambda: 0.0)
     assert torch.equal(generate(model, labels=[0, 3], seeds=[1, 2], cfg_scale=2.0).codes, packed)
 
 

@@ -14,7 +14,7 @@ from arra.data.layout import ImageLayout
 from arra.errors import ArraError
 from arra.models import CausalLM, Decoder, Painter, load_model, save_model
 from arra.models.narrow import GROUP_SIZE, narrow_weights, weight_bytes
-from arra.models.products import is_plain, packed_weights
+from arra.models.products import is_plain
 from arra.sample.generate import generate
 from arra.tokenizers.prompts import prompt_tokenizer
 from tests.models.toy_lms import toy_lm, toy_words
@@ -215,7 +215,7 @@ def test_layers_of_torchao_are_called_as_they_are(torchao: Any) -> None:
         assert not is_plain(layer)
     found = logits(model)
     assert (found - wanted).square().mean().sqrt() < 0.05 * wanted.std()
-    with packed_weights(model):
+    with model.packed():
         assert torch.equal(logits(model), found)
         assert len(generate(model, seeds=range(2), labels=[1, 2], cfg_scale=2.0).codes) == 2
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from arra.models import CausalLM
 from arra.models.packing import packed_calls
-from arra.models.products import packed_weights
 from tests.models.test_causal import CODES, GRID, PROMPTS, painter
 
 P = GRID[0] * GRID[1]
@@ -43,7 +42,7 @@ def test_a_rows_logits_are_the_same_bits_in_any_company(
     plain = steps(model, [0, 1, 2], codes)
     if not fits:
         monkeypatch.setattr("arra.models.packing.free_bytes", lambda: 0.0)
-    with packed_weights(model):
+    with model.packed():
         together = steps(model, [0, 1, 2], codes)
         for chosen in ([0], [1], [2], [1, 2], [1, 1, 1, 1, 0]):
             assert torch.equal(steps(model, chosen, codes), together[chosen])
@@ -62,14 +61,14 @@ def test_the_network_is_left_as_it_was() -> None:
     state, modes = {k: v.clone() for k, v in model.state_dict().items()}, [part.training for part in model.modules()]
     tokens = torch.arange(6)[None]
     expected = model(tokens).last_hidden
-    with packed_weights(model):
+    with model.packed():
         assert list(model.state_dict()) == list(state)
         assert sum("forward" in layer.__dict__ for layer in layers) == len(layers) - 2  # the heard one and the head
         late = layers[1].register_forward_hook(lambda *told: heard.append(2))
         assert torch.equal(model(tokens).last_hidden, expected)
         model(tokens).last_hidden.sum().backward()
         late.remove()
-    with pytest.raises(IndexError), packed_weights(model):
+    with pytest.raises(IndexError), model.packed():
         model(torch.tensor([[10**6]]))
     assert all(layer.weight.grad is not None for layer in layers[:-1])
     assert heard == [1, 1, 2, 1, 2]
@@ -109,14 +108,14 @@ def test_the_head_over_codes_is_made_once_while_packed() -> None:
     """And anew afterwards, when weights may have changed."""
     model = painter()
     rows, codes = model.condition(prompts=PROMPTS), torch.zeros(3, 0, dtype=torch.int64)
-    with packed_weights(model):
+    with model.packed():
         heads = [model.prefill(rows, codes, grid=GRID)[0].head for _ in range(2)]
-        with packed_weights(model):
+        with model.packed():
             heads.append(model.prefill(rows, codes, grid=GRID)[0].head)
         heads.append(model.prefill(rows, codes, grid=GRID)[0].head)
         assert all(head is heads[0] for head in heads)
         before = model.prefill(rows, codes, grid=GRID)[1]
     model.lm.get_output_embeddings().weight.mul_(2)  # type: ignore[operator]
-    with packed_weights(model):
+    with model.packed():
         torch.testing.assert_close(model.prefill(rows, codes, grid=GRID)[1], 2 * before)
     torch.testing.assert_close(model.prefill(rows, codes, grid=GRID)[1], 2 * before)

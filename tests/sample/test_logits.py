@@ -38,8 +38,8 @@ def test_guided_codes(scale: float, interval: int, count: int) -> None:
     ],
 )
 @pytest.mark.parametrize("cfg_scale", [4.0, 0.5])
-def test_schedules_grow_from_one_to_the_scale(schedule: str, power: float, share: Any, cfg_scale: float) -> None:
-    settings = SamplingSettings(cfg_scale=cfg_scale, cfg_schedule=schedule, cfg_power=power)  # type: ignore[arg-type]
+def test_schedules_grow_from_one_to_the_scale(schedule: Any, power: float, share: Any, cfg_scale: float) -> None:
+    settings = SamplingSettings(cfg_scale=cfg_scale, cfg_schedule=schedule, cfg_power=power)
     scales = settings.cfg_scales(9)
     assert (scales[0], scales[-1]) == (1.0, cfg_scale)
     assert scales == pytest.approx([1 + (cfg_scale - 1) * share(code / 8) for code in range(9)], rel=1e-12)
