@@ -385,7 +385,7 @@ def generate(
     label: Annotated[
         list[str] | None, typer.Option("--label", help="A class: its number, numbers as in 0-9, its name, or all.")
     ] = None,
-    split: Annotated[str | None, typer.Option("--split", help="What a split's records say, as in heldout.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="What a split's records say, as in validation.")] = None,
     store: Annotated[
         str | None, typer.Option("--store", help="Whose split; default: the store that the run was trained on.")
     ] = None,
@@ -456,6 +456,13 @@ def generate(
     tokenizer: TokenizerOption = None,
     tokenizer_weights: TokenizerWeightsOption = None,
     device: DeviceOption = "auto",
+    graphs: Annotated[
+        bool | None,
+        typer.Option("--graphs/--no-graphs", help="Steps of fixed shapes, replayed on a GPU; default: there alone."),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile those steps: a minute or more, for thousands of pictures.")
+    ] = False,
 ) -> None:
     """Paint prompts or classes with a trained model: NNNNNN.png, samples.jsonl, grid.png. Run again to continue.
 
@@ -499,7 +506,15 @@ def generate(
         tokenizer_weights=tokenizer_weights,
     )
     options = parse_options(
-        out=out, batch_size=batch_size, device=device, shard=shard, replace=replace, npz=npz, grid=grid
+        out=out,
+        batch_size=batch_size,
+        device=device,
+        shard=shard,
+        replace=replace,
+        npz=npz,
+        grid=grid,
+        graphs=graphs,
+        compiled=compiled,
     )
     with Display(_console()) if is_first_process() else nullcontext() as display:
         painted = paint(request, options=options, progress=silent if display is None else display.row("generate"))
@@ -932,7 +947,7 @@ def doctor() -> None:
 
 @app.command(name="list")
 def list_known(
-    what: Annotated[str, typer.Argument(help="encoders, tokenizers, models or recipes.")],
+    what: Annotated[str, typer.Argument(help="encoders, tokenizers, models, recipes, sources or presets.")],
 ) -> None:
     """Names that other commands take.
 

@@ -141,6 +141,7 @@ def known_names(what: str) -> list[str]:
         "models": _models,
         "recipes": _recipes,
         "sources": _sources,
+        "presets": _presets,
     }
     if what not in lists:
         raise ArraError(f"list: '{what}' is unknown; expected one of {', '.join(lists)}")
@@ -190,6 +191,16 @@ def _sources() -> Iterator[str]:
     from arra.data.sources import DESCRIPTIONS
 
     yield from (f"{kind}  {text}" for kind, text in DESCRIPTIONS.items())
+
+
+def _presets() -> Iterator[str]:
+    from arra.sample.logits import SamplingSettings
+    from arra.sample.presets import PRESETS
+
+    plain = SamplingSettings().model_dump()
+    for name, preset in PRESETS.items():
+        told = [f"{key} {value}" for key, value in preset.settings.model_dump().items() if value != plain[key]]
+        yield f"{name}  {', '.join(told) or 'no guidance, no filter'}; {preset.use}; {preset.source}"
 
 
 def _recipes() -> Iterator[str]:

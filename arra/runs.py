@@ -93,6 +93,16 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def let_others_read(folder: Path) -> None:
+    """Nothing; whoever may read what this process writes may read the files in the folder, those of safetensors too."""
+    probe = folder / ".mode"
+    probe.touch()
+    usual = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in filter(Path.is_file, folder.iterdir()):
+        file.chmod(usual)
+
+
 def remove_unfinished(folder: Path) -> None:
     """Nothing; files and folders below `folder` that dead processes did not finish are gone."""
     for path in list(folder.rglob(".*.tmp")):  # all names first: what is in a folder that goes goes with it

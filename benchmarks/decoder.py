@@ -1,6 +1,6 @@
 """Speed and memory of LlamaGen-B at 256 codes and of VQ-16 at 256 pixels, float32 on a CPU, ours beside the plain way.
 
-python benchmarks/decoder.py [--threads 1 2] [--only machine train align decode tokenizer] [--steps 6]
+python benchmarks/decoder.py [--threads 1 2] [--only machine train align tokenizer] [--steps 6]
 
 Every measurement is a process of its own, ours and the plain way (`plain_llamagen.py`: LlamaGen as its formulas say)
 in turn; the machine's matrix-product rate and read bandwidth are measured before and after, and the better ones are
@@ -26,7 +26,6 @@ from arra.data.batches import TrainBatch, make_batch
 from arra.data.conditions import Prefix
 from arra.models import load_model
 from arra.models.products import product
-from arra.sample.generate import generate
 from arra.tokenizers.vq import VQModel, VQSettings
 from arra.train.objective import compute_losses
 from arra.train.optimizer import gradient_norm, make_optimizers, scale_gradients
@@ -39,8 +38,6 @@ BATCH, CODES, FEATURE_SIZE = 4, 256, 512
 SIZE = {"layers": 12, "heads": 12, "width": 768}
 MATRIX_PARAMETERS = 12 * (4 * 768**2 + 3 * 768 * 2048) + 768 * 16384
 """Weights that every position is multiplied by: 2 operations each forward, 4 backward."""
-STREAMED_BYTES = 4 * MATRIX_PARAMETERS
-"""What a decoding step must read at least once."""
 
 
 def memory_gb() -> tuple[float, float]:
@@ -152,23 +149,6 @@ def alignment(steps: int) -> dict[str, float]:
     return {"with / without": statistics.median(ratios)}
 
 
-def decoding(which: str, batch: int) -> dict[str, Any]:
-    """256 codes of each picture with guidance 2.0."""
-    torch.manual_seed(0)
-    labels = torch.randint(1000, (batch,))
-    if which == "plain":
-        plain = PlainLlamaGen(**SIZE).eval()
-        run: Callable[[], object] = lambda: plain.generate(labels, cfg_scale=2.0, steps=CODES)  # noqa: E731
-    else:
-        model = load_model("llamagen-b")
-        seeds = list(range(batch))
-        run = lambda: generate(model, labels=labels.tolist(), seeds=seeds, cfg_scale=2.0)  # noqa: E731
-    started = time.perf_counter()
-    run()
-    took = time.perf_counter() - started
-    return {"tokens/s": batch * CODES / took, "steps/s": CODES / took, "peak GB": memory_gb()[1]}
-
-
 def tokenizer(which: str) -> dict[str, Any]:
     """One picture of 256 x 256 there and back."""
     torch.manual_seed(0)
@@ -191,15 +171,14 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "machine": machine,
     "train": training,
     "align": alignment,
-    "decode": decoding,
     "tokenizer": tokenizer,
 }
 
 
-def measured(threads: int, job: str, *arguments: str | int) -> dict[str, Any]:
-    """What a process of its own found."""
+def found_by(script: str, *job: str | int, threads: int) -> dict[str, Any]:
+    """What one job of a benchmark found in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, __file__, "--job", job, *map(str, arguments), "--threads", str(threads)]
+    command = [sys.executable, script, "--job", *map(str, job), "--threads", str(threads)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
@@ -215,19 +194,19 @@ def line(name: str, found: dict[str, Any]) -> None:
 def report(threads: int, only: list[str], steps: int) -> None:
     """Prints everything at a number of threads."""
     print(f"{threads} thread{'s' if threads > 1 else ''}", flush=True)
-    before = measured(threads, "machine")
+    before = found_by(__file__, "machine", threads=threads)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     jobs: list[tuple[str, str, list[str | int]]] = []
     if "train" in only:
         jobs.append(("training step", "train", [steps]))
-    if "decode" in only:
-        jobs += [(f"decoding batch {batch}", "decode", [batch]) for batch in (1, 8)]
     if "tokenizer" in only:
         jobs.append(("VQ-16", "tokenizer", []))
     for name, job, arguments in jobs:
-        found[name] = {which: measured(threads, job, which, *arguments) for which in ("plain", "ours")}
-    aligned = measured(threads, "align", steps) if "align" in only else None
-    after = measured(threads, "machine")
+        found[name] = {
+            which: found_by(__file__, job, which, *arguments, threads=threads) for which in ("plain", "ours")
+        }
+    aligned = found_by(__file__, "align", steps, threads=threads) if "align" in only else None
+    after = found_by(__file__, "machine", threads=threads)
     flops, read = (max(before[key], after[key]) for key in ("flops", "read"))
     print(f"  machine: {flops / 1e9:.0f} GFLOP/s in matrix products, reads {read / 1e9:.1f} GB/s")
     for name, ways in found.items():
@@ -235,8 +214,6 @@ def report(threads: int, only: list[str], steps: int) -> None:
             shares = dict(values)
             if name == "training step":
                 shares["share of matrix rate"] = values["tokens/s"] * 6 * MATRIX_PARAMETERS / flops
-            if "steps/s" in values:
-                shares["share of the limit"] = values["steps/s"] * STREAMED_BYTES / read
             line(f"{name}, {which}", shares)
         line("  ours / plain", {key: ways["ours"][key] / ways["plain"][key] for key in ways["ours"]})
     if aligned is not None:

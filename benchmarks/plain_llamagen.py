@@ -1,8 +1,8 @@
 """The plain way: LlamaGen's decoder written down as its formulas say, without care for speed or memory.
 
-What `decoder.py` measures ours against, in the same run. Key names and results are LlamaGen's, so one state dict serves
-both; it works as the original does: every intermediate kept for autograd, a mask and a padded cache in decoding, the
-cache copied by `repeat_interleave` and rescaled whole for every token, guidance as a doubled batch.
+What `decoder.py`, `train.py` and `sample.py` measure ours against. Key names and results are LlamaGen's, so one state
+dict serves both; it works as the original does: every intermediate kept for autograd, a mask and a padded cache in
+decoding, the cache copied by `repeat_interleave` and rescaled whole for every token, guidance as a doubled batch.
 Letters: B batch, S positions, H heads, E size of a head, D width, K codes.
 """
 

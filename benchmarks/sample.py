@@ -3,11 +3,12 @@
 python benchmarks/sample.py [--only decode flat language memory jacobi gpu] [--threads 2] [--run RUN] [--json FILE]
 
 Models have random weights of the published shapes; nothing that is measured depends on what they say. Every measurement
-is a process of its own; the machine's read bandwidth is measured before, between and after, and the best is taken.
+is a process of its own; the machine's read bandwidth is measured before and after, and the better one is taken.
 
 decode    LlamaGen-B, 256 codes, guidance 2.0, 1 and 8 images: asked 60 % of the rate at which the weights can be read
           at 1 image, twice the plain way (`plain_llamagen.py`) at 8. The first call counts making the engine ready
-flat      LlamaGen-B with 1,024 codes: the time of a code in the last tenth over the first, asked at most 1.2
+flat      LlamaGen-B with 1,024 codes: the time of a code in the last tenth over the first, asked at most 1.2, beside
+          the ratio of the bytes that must be read, weights and what is filled of the cache (75 MB a row at the end)
 language  a Llama of LlamaGen-B's size with 32,000 tokens and 16,384 codes, beside `generate` of transformers: asked
           never slower, and 1.5 times as fast at 8 images with guidance
 memory    what a process holds at most above its imports over `arra.sample.memory`'s arithmetic: asked 0.9 to 1.1
@@ -18,10 +19,8 @@ gpu       LlamaGen-L, 256 pixels, guidance 2.0, bfloat16, VQ-16: asked 100 image
 import argparse
 import gc
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,15 +34,16 @@ from torch import Tensor, nn
 
 from arra.data.layout import ImageLayout
 from arra.models import CausalLM, Painter, load_decoder
+from arra.sample.decoding import Batch, Rows
 from arra.sample.generate import Engine
 from arra.sample.grammar import image_processors
-from arra.sample.logits import SamplingSettings
+from arra.sample.logits import SamplingSettings, draw_keys, guide, pick
 from arra.sample.memory import painting_memory
 from arra.tokenizers.image import ImageTokenizer
 from arra.tokenizers.vq import VQModel, VQSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
-from decoder import MATRIX_PARAMETERS, SIZE, machine, memory_gb
+from decoder import MATRIX_PARAMETERS, SIZE, found_by, machine, memory_gb
 from plain_llamagen import PlainLlamaGen
 
 STREAMED_BYTES = 4 * MATRIX_PARAMETERS
@@ -161,26 +161,34 @@ def decoding(case: Case) -> dict[str, Any]:
     return {"first tokens/s": case.batch * first, "tokens/s": case.batch * warm, "seconds": 1 / warm}
 
 
+@torch.no_grad()
 def flat(case: Case) -> dict[str, Any]:
-    """Milliseconds of the median code in the first and in the last tenth."""
-    num_codes, tenth = case.side**2, case.side**2 // 10
-    given = None
-    if case.batch > 1:  # the middle is given, which is read at once
-        given = torch.full((1, num_codes), -1)
-        given[:, 2 * tenth : -2 * tenth] = torch.arange(num_codes - 4 * tenth)
-    at: dict[int, float] = {}
-    model = llamagen(grid=(case.side, case.side))
-    with Engine(model, settings=SamplingSettings(cfg_scale=2.0), batch_size=case.batch) as engine:
-        engine.generate(
-            labels=list(range(case.batch)),
-            seeds=list(range(case.batch)),
-            given_codes=given,
-            watch=lambda first, index, logits: at.__setitem__(index, time.perf_counter()),
-        )
-    steps = {index: at[index] - at[index - 1] for index in at if index - 1 in at}
-    first = statistics.median(steps[index] for index in range(2, tenth + 2))
-    last = statistics.median(steps[index] for index in range(num_codes - tenth, num_codes))
-    return {"first ms": 1e3 * first, "last ms": 1e3 * last, "last / first": last / first}
+    """Milliseconds of the median code in the first and in the last tenth, in turn: what changes meanwhile hits both."""
+    grid, num_codes = (case.side, case.side), case.side**2
+    model, settings = llamagen(grid=grid), SamplingSettings(cfg_scale=case.cfg_scale)
+    tenth, is_guided = num_codes // 10, case.cfg_scale != 1
+    keys = draw_keys(range(case.batch), num_codes)
+    batch = Batch(model.condition(labels=list(range(case.batch))), range(case.batch), keys)
+    codes = torch.arange(num_codes).repeat(case.batch, 1)
+    took: dict[str, list[float]] = {"first": [], "last": []}
+    with Engine(model, settings=settings):
+        rows = Rows(model, batch, grid, codes, guided=[is_guided] * num_codes, prefixes=None)
+        rows.begin(0)
+        rows.read(0, num_codes - 1)
+
+        def one(index: int) -> None:
+            logits = rows.read(index, index + 1)
+            if is_guided:
+                logits = guide(logits[: case.batch], logits[case.batch :], cfg_scale=case.cfg_scale)
+            pick(logits, settings, keys=keys[:, index + 1])
+
+        for place in range(tenth):
+            for name, index in (("first", place), ("last", num_codes - 1 - tenth + place)):
+                took[name].append(timed(lambda index=index: one(index)))  # type: ignore[misc]
+    first, last = (statistics.median(each) for each in took.values())
+    cache = 2 * 12 * SIZE["width"] * 4 * case.batch * (1 + is_guided) * num_codes
+    reads = (STREAMED_BYTES + 0.95 * cache) / (STREAMED_BYTES + 0.05 * cache)
+    return {"first ms": 1e3 * first, "last ms": 1e3 * last, "last / first": last / first, "of bytes read": reads}
 
 
 class OnlyCodes:
@@ -273,7 +281,7 @@ def memory(case: Case) -> dict[str, Any]:
 
 def jacobi(case: Case) -> dict[str, Any]:
     """Passes and seconds of each image of a trained run."""
-    from arra.stages.paint import load_painter
+    from arra.stages.painters import load_painter
 
     loaded = load_painter(Path(case.run))
     texts = loaded.model.settings.condition == "text"
@@ -305,28 +313,20 @@ def gpu(case: Case) -> dict[str, Any]:
     return found | {"GB": 1e-9 * torch.cuda.max_memory_allocated()}
 
 
-def in_turn(cases: dict[str, Case], options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], float]:
-    """What a process of its own found of each case, the fastest of some rounds; the best read rate in bytes a second."""
-    reads = [in_process("machine", options.threads)["read"]]
+def in_turn(cases: dict[str, Case], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What a process of its own found of each case, the fastest of some rounds."""
     found: dict[str, dict[str, Any]] = {}
     for _ in range(options.rounds):
         for name, case in cases.items():
             new = in_process(json.dumps(asdict(case)), options.threads)
             if name not in found or new["seconds"] < found[name]["seconds"]:
                 found[name] = new
-            reads.append(in_process("machine", options.threads)["read"])
-    return found, max(reads)
+    return found
 
 
 def in_process(told: str, threads: int) -> dict[str, Any]:
     """What a process of its own found."""
-    command = [sys.executable, __file__, "--threads", str(threads), "--job", told]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return found_by(__file__, told, threads=threads)
 
 
 def line(name: str, found: dict[str, Any]) -> None:
@@ -338,7 +338,9 @@ def show_decode(options: argparse.Namespace) -> dict[str, Any]:
     """Prints and returns ours beside the plain way."""
     print("decode: LlamaGen-B, 256 codes, guidance 2.0", flush=True)
     cases = {f"{which} {batch}": Case("decode", which, batch) for batch in (1, 8) for which in ("plain", "ours")}
-    found, read = in_turn(cases, options)
+    before = in_process("machine", options.threads)
+    found = in_turn(cases, options)
+    read = max(before["read"], in_process("machine", options.threads)["read"])
     for row in found.values():
         row["share of the limit"] = STREAMED_BYTES / read / row["seconds"]
     for name, row in found.items():
@@ -355,11 +357,11 @@ def show_flat(options: argparse.Namespace) -> dict[str, Any]:
     """Prints and returns the time of early and late codes."""
     print(f"flat: LlamaGen-B, {LONG[0] * LONG[1]:,} codes (asked at most {ASKED_FLAT})", flush=True)
     found = {}
-    for batch in (1, 8):
-        found[f"{batch} images"] = in_process(
-            json.dumps(asdict(Case("flat", batch=batch, side=LONG[0]))), options.threads
-        )
-        line(f"{batch} images", found[f"{batch} images"])
+    for batch, scale in ((1, 1.0), (1, 2.0), (8, 2.0)):
+        name = f"{batch} x, guidance {scale:g}"
+        case = Case("flat", batch=batch, side=LONG[0], cfg_scale=scale)
+        found[name] = in_process(json.dumps(asdict(case)), options.threads)
+        line(name, found[name])
     return found
 
 
@@ -371,7 +373,7 @@ def show_language(options: argparse.Namespace) -> dict[str, Any]:
         cases = {
             f"{way}, {batch} x, guidance {scale:g}": Case("language", way, batch, options.side, scale) for way in ways
         }
-        rows, _ = in_turn(cases, options)
+        rows = in_turn(cases, options)
         for name, row in rows.items():
             line(name, row)
         *others, ours = (row["seconds"] for row in rows.values())

@@ -18,10 +18,8 @@ gpu         LlamaGen B, L and XL in bfloat16 on CUDA, plain and compiled, with a
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -52,7 +50,7 @@ from arra.train.settings import AlignSettings, TrainSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from data import FEATURES, write_synthetic
-from decoder import machine, memory_gb
+from decoder import found_by, machine, memory_gb
 from plain_llamagen import PlainLlamaGen
 
 VOCABULARY = {"num_layers": 6, "num_heads": 8, "hidden_size": 512, "num_codes": 65536, "grid": (32, 32)}
@@ -271,14 +269,7 @@ def write_records(folder: Path, shape: DecoderSettings) -> None:
 
 def measured(job: str, threads: int, case: Case | None = None) -> dict[str, Any]:
     """What a process of its own found."""
-    told = "" if case is None else json.dumps(asdict(case))
-    command = [sys.executable, __file__, "--threads", str(threads), "--job", job, told]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return found_by(__file__, job, "" if case is None else json.dumps(asdict(case)), threads=threads)
 
 
 def in_turn(cases: dict[str, Case], threads: int, rounds: int) -> tuple[dict[str, dict[str, Any]], float]:

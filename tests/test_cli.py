@@ -232,6 +232,7 @@ def test_doctor_finds_what_the_demo_needs(run_arra, tmp_path: Path, monkeypatch:
         ("tokenizers", "openmoji-vq4  ships with the package"),
         ("models", "llamagen-b  12 layers, width 768, 12 heads, 111M parameters (class-conditional)"),
         ("recipes", "demo  rows: baseline, aligned, shuffled"),
+        ("presets", "llamagen-t2i  cfg_scale 7.5, top_k 1000; captions; FoundationVision/LlamaGen"),
     ],
 )
 def test_lists(run_arra, what: str, line: str):

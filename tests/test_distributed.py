@@ -1,10 +1,13 @@
-"""Devices are chosen by name, and a wrong name is told in one line."""
+"""Devices are chosen by name, a wrong name is told in one line, and what the first rank does all ranks know."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from arra.distributed import choose_device, set_threads
-from arra.errors import ArraError
+from arra.distributed import Ranks, choose_device, set_threads
+from arra.errors import ArraError, FirstProcessError
+from tests.train.forked_ranks import on_ranks
 
 
 def test_cpu_by_name_and_auto_without_cuda(monkeypatch: pytest.MonkeyPatch):
@@ -54,3 +57,18 @@ def test_threads():
             set_threads(0)
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_the_first_rank_finds_or_refuses_ends_all(tmp_path: Path):
+    """Its error is the only one to be printed: that of the others says so by its kind."""
+
+    def refused() -> str:
+        raise ArraError("out: is in use")
+
+    def work(ranks: Ranks) -> None:
+        assert ranks.by_first(lambda: f"of rank {ranks.rank}") == "of rank 0"
+        with pytest.raises(ArraError, match="out: is in use") as told:
+            ranks.by_first(refused)
+        assert isinstance(told.value, FirstProcessError) != ranks.is_first
+
+    assert on_ranks(2, tmp_path / "store", work) == [0, 0]

@@ -24,7 +24,7 @@ from arra.evaluate.likelihood import Asked, likelihoods
 from arra.evaluate.retrieval import caption_ranks, class_ranks, retrieval_ranks
 from arra.evaluate.settings import EvaluateSettings
 from arra.models import Painter
-from arra.sample.generate import generate
+from arra.sample.generate import Engine, sampling_settings
 from arra.tokenizers import ImageTokenizer
 
 RECALL_AT = (1, 10)
@@ -160,20 +160,13 @@ def paint_split(
     cfg_scale: float,
 ) -> UInt8[Tensor, "N H W 3"]:
     """Pictures of what some places of a split ask for, each with its seed; conditions are read batch by batch."""
-    parts = []
-    for start in range(0, len(places), settings.batch_size):
-        stop = start + settings.batch_size
-        result = generate(
-            model,
-            tokenizer,
-            seeds=seeds[start:stop],
-            cfg_scale=cfg_scale,
-            temperature=settings.temperature,
-            batch_size=settings.batch_size,
-            **split.asked(places[start:stop]),
-        )
-        assert result.images is not None
-        parts.append(result.images.cpu())
+    parts, sampling = [], sampling_settings(cfg_scale=cfg_scale, temperature=settings.temperature)
+    with Engine(model, tokenizer, settings=sampling, batch_size=settings.batch_size) as engine:
+        for start in range(0, len(places), settings.batch_size):
+            stop = start + settings.batch_size
+            result = engine.generate(seeds=seeds[start:stop], **split.asked(places[start:stop]))
+            assert result.images is not None
+            parts.append(result.images.cpu())
     return torch.cat(parts)
 
 

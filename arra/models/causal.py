@@ -6,6 +6,8 @@ here, where it is wanted and for the tokens that are wanted (so Chameleon's mask
 Letters: B batch, S positions given, C prefix length, P = h*w image positions, D width, K codes, V vocabulary.
 """
 
+import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ from arra.settings import Settings
 
 PREFIX_STEP = 32
 """Lengths of prefixes that steps of fixed shapes are made for are multiples of it."""
+_ONE_AT_A_TIME = threading.RLock()
+"""Held while functions of `transformers` are replaced: two threads would leave each other's behind."""
 BRANCHES = ("self_attn", "attn", "attention", "mlp", "feed_forward")
 """What blocks of `transformers` call their two branches."""
 
@@ -320,6 +324,17 @@ class CausalLM(nn.Module):
         return Condition(tokens.to(self.device), mask.to(self.device))
 
     @property
+    def steps_alike(self) -> bool:
+        """Whether `decode_at` can be asked.
+
+        Not where attention makes biases of its own from a mask of padding (ALiBi), or takes the last key that it is
+        given for the newest (GPT-Neo's windows).
+        """
+        told = inspect.signature(self.base.forward).parameters
+        own = getattr(self.config, "alibi", False) or "local" in getattr(self.config, "attention_layers", ())
+        return "position_ids" in told and not own
+
+    @property
     def keeps_all(self) -> bool:
         """Whether its memory keeps every position (no sliding windows, no recurrent layers)."""
         return all_growing(self.lm.config)
@@ -487,15 +502,16 @@ def heads_grouped_alike(tokens: Int64[Tensor, "B S"]) -> AbstractContextManager[
 @contextmanager
 def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """A block in which a function of a module is another one; nothing where the module has none of that name."""
-    found = getattr(module, name, None)
-    if found is None:
+    if not hasattr(module, name):
         yield
         return
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        setattr(module, name, found)
+    with _ONE_AT_A_TIME:
+        found = getattr(module, name)
+        setattr(module, name, function)
+        try:
+            yield
+        finally:
+            setattr(module, name, found)
 
 
 def _blocks(base: nn.Module) -> list[nn.Module]:

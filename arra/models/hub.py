@@ -143,7 +143,7 @@ def model_card(about: Description, *, repo: str, library: str = "arra", licence:
 
 
 def register_with_transformers() -> None:
-    """Nothing; `AutoModelForCausalLM.from_pretrained` opens decoders that `arra export --to hf` wrote, from now on.
+    """Nothing; `AutoModelForCausalLM.from_pretrained` opens what `arra export RUN OUT --to hf` made of decoders.
 
     Raises: ArraError where `transformers` is missing.
     """

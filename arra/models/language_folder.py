@@ -24,7 +24,7 @@ from arra.errors import ArraError
 from arra.models.causal import CausalLM, LanguageSettings
 from arra.models.narrow import quiet_torchao
 from arra.models.weights import DAMAGE, read_weights, shard_files
-from arra.runs import atomic_write, writing
+from arra.runs import atomic_write, let_others_read, writing
 from arra.tokenizers.prompts import PromptTokenizer, load_prompt_tokenizer
 
 KIND, CARD_FILE = "causal-lm", "model.json"
@@ -56,6 +56,7 @@ def save_language_model(model: CausalLM, folder: Path) -> None:
     try:
         with writing(folder):
             write_files(model, place, _plain_state(model), max_shard_size=MAX_SHARD_SIZE)
+            let_others_read(place)
             for file in sorted(place.iterdir()):
                 os.replace(file, folder / file.name)
     finally:

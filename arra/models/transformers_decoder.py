@@ -1,8 +1,8 @@
 """A decoder as a causal LM of `transformers`: `generate()`, its processors, beams and training loops work on it.
 
 Nothing here is needed to paint with `arra`; importing the module makes the class known to `AutoModelForCausalLM`, so
-that a folder of `arra export --to hf` opens without code in it. One vocabulary holds all: codes 0..K-1, then what
-stands before them: classes K..K+classes (the last is the null class), text ids from K on (K is padding), or for a
+that a folder of `arra export RUN OUT --to hf` opens without code in it. One vocabulary holds all: codes 0..K-1, then
+what stands before them: classes K..K+classes (the last is the null class), text ids from K on (K is padding), or for a
 caption K where one of its vectors stands, K+1 for one of the null caption's, K+2 for padding; last the REP token.
 Letters: B batch, S positions given, C prefix length, W of it without the REP token, F caption feature size, K codes,
 V vocabulary, P image positions.
@@ -117,6 +117,7 @@ class ArraDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.decoder = Decoder(DecoderSettings(**config.settings))
         self.decoder.about = dict(config.about)
+        self.register_load_state_dict_pre_hook(_under_our_prefix)
         self.post_init()
 
     @classmethod
@@ -141,7 +142,14 @@ class ArraDecoderForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(
         self, save_directory: Any, *, state_dict: Mapping[str, Tensor] | None = None, **options: Any
     ) -> None:
-        """Nothing; the folder is one that both `transformers` and `arra` open. Options are the library's."""
+        """Nothing; the folder is one that both `transformers` and `arra` open. Options are the library's.
+
+        Raises: ArraError for push_to_hub, which would upload before the folder is whole.
+        """
+        if options.get("push_to_hub"):
+            raise ArraError(
+                "save_pretrained: push_to_hub would leave model.json out; call model.push_to_hub(REPOSITORY)"
+            )
         state = self.state_dict() if state_dict is None else state_dict
         bare = {key.removeprefix(PREFIX): value for key, value in state.items()}
         super().save_pretrained(save_directory, state_dict=bare, **{"max_shard_size": ONE_FILE, **options})
@@ -168,20 +176,13 @@ class ArraDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         prompts: Sequence[str] | None = None,
         captions: tuple[Tensor, Tensor | None] | None = None,
     ) -> dict[str, Tensor]:
-        """What `generate` is to be given for labels, prompts or captions: ids, masks, the null condition's, features.
+        """What `generate` is to be given for labels, prompts or captions: ids, their mask, features.
 
-        The null condition is read only where `guidance_scale` asks for it.
         Raises: ArraError as `Decoder.condition` does.
         """
         condition = self.decoder.condition(labels=labels, prompts=prompts, captions=captions)
         ids = self._ids(condition)
-        null = self.null_ids(ids)
-        told = {
-            "input_ids": ids,
-            "attention_mask": self._real(ids).long(),
-            "negative_prompt_ids": null,
-            "negative_prompt_attention_mask": self._real(null).long(),
-        }
+        told = {"input_ids": ids, "attention_mask": self._real(ids).long()}
         return told if condition.caption is None else {**told, "caption": condition.caption}
 
     def null_ids(self, ids: Int[Tensor, "B C"]) -> Int[Tensor, "B C"]:
@@ -193,6 +194,27 @@ class ArraDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         if config.pad_token_id is not None:
             kept |= ids == config.pad_token_id
         return torch.where(kept, ids, config.null_token_id)
+
+    def _get_logits_processor(self, generation_config: Any, **told: Any) -> Any:
+        """The library's, whose guidance is told the unconditional twin of every row, codes given behind it included.
+
+        Raises: ArraError for guidance of beams, whose rows change places behind its back.
+        """
+        if generation_config.guidance_scale not in (None, 1):
+            if generation_config.num_beams > 1:
+                raise ArraError(
+                    "guidance_scale: that of transformers does not follow beams; leave it out and pass "
+                    "logits_processor=arra.sample.processors.code_processors(model, sampling=...)"
+                )
+            null, mask = told["negative_prompt_ids"], told["negative_prompt_attention_mask"]
+            if null is None:
+                given, width = told["encoder_input_ids"], self.decoder.settings.prefix_length
+                null = torch.cat([self.null_ids(given[:, :width]), given[:, width:]], dim=1)
+            mask = self._real(null).long() if mask is None else mask
+            each = generation_config.num_return_sequences
+            told["negative_prompt_ids"] = null.repeat_interleave(each, dim=0)
+            told["negative_prompt_attention_mask"] = mask.repeat_interleave(each, dim=0)
+        return super()._get_logits_processor(generation_config=generation_config, **told)
 
     def forward(
         self,
@@ -208,7 +230,8 @@ class ArraDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits (B, S, V) of the token after each one; those of conditions are the lowest number, as none follows.
 
         0 in `attention_mask` (B, positions so far) marks padding of the prefix. `caption` holds vectors in their
-        places, needed where the prefix is read and is not the null caption's alone.
+        places, needed where the prefix is read and is not the null caption's alone. The loss is that of codes:
+        `labels` (-100: ignored) may be the ids themselves.
         Raises: ArraError for a prefix of another width, ids in a wrong place, no caption, or a cache of fixed size.
         """
         config, start = self.config, 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -232,6 +255,7 @@ class ArraDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         logits = F.pad(logits, (0, beyond), value=torch.finfo(logits.dtype).min)
         loss = None
         if labels is not None:
+            labels = labels.masked_fill(labels >= config.first_condition_id, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output.to_tuple() if return_dict is False else output
@@ -275,8 +299,8 @@ class ArraDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if attention_mask is not None and bool((attention_mask[:, : asked.shape[1]].bool() & ~self._real(asked)).any()):
             raise ArraError(
-                "attention_mask: says that padding of the condition is to be seen; pass those that "
-                f"model.inputs({self._word}=...) gives, the negative prompt's too"
+                "attention_mask: says that padding of the condition is to be seen; pass the one that "
+                f"model.inputs({self._word}=...) gives"
             )
 
     @property
@@ -305,6 +329,12 @@ class ArraDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         if config.rep_token_id is not None:
             ids[:, -1] = config.rep_token_id
         return ids
+
+
+def _under_our_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Nothing; names as files have them become the module's, as for a loop of training that loads a file by itself."""
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(prefix + PREFIX)]:
+        state[prefix + PREFIX + key.removeprefix(prefix)] = state.pop(key)
 
 
 def _text_tokenizer(name: Any, options: Mapping[str, Any]) -> Any:

@@ -15,12 +15,14 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from arra.errors import ArraError
-from arra.models import Painter
+from arra.models import CausalLM, Painter
 from arra.sample.decoding import FREE, Batch, Prefixes, decode_batch
 from arra.sample.graphs import StaticLoop, StaticReader
 from arra.sample.jacobi import check_window, decode_jacobi
 from arra.sample.logits import SamplingSettings, draw_keys
 
+MAX_SEED = 2**63 - 1
+"""Of those that fit every file that holds them."""
 PICTURES_TOGETHER = 8
 """Pictures that a GPU decodes from codes together, always as many, so that a picture is the same bits in any company.
 A CPU decodes one after the other: it has no more to do at once, and their memory is that of one."""
@@ -85,8 +87,12 @@ class Engine:
         self._open = ExitStack()
 
     def __enter__(self) -> "Engine":
-        self._open.enter_context(_evaluating(self.model))
-        self._open.enter_context(self.model.packed())
+        with ExitStack() as opening:  # what was entered is left if the next one fails
+            opening.enter_context(_evaluating(self.model))
+            opening.enter_context(self.model.packed())
+            if self._static is not None:  # it holds a copy of a language model's head
+                opening.callback(self._static.forget)
+            self._open = opening.pop_all()
         return self
 
     def __exit__(self, *raised: Any) -> None:
@@ -95,10 +101,11 @@ class Engine:
     def _static_loop(self, graphs: bool | None, compiler: str | None) -> StaticLoop | None:
         """The loop of fixed shapes, where it is wanted and can be."""
         able = isinstance(self.model, StaticReader) and self.model.keeps_all and not self.jacobi_window
+        able = able and (not isinstance(self.model, CausalLM) or self.model.steps_alike)
         if (graphs or compiler) and not able:
             raise ArraError(
                 "generate: graphs and a compiler need steps of fixed shapes, which a Jacobi window and models with "
-                "sliding windows or recurrent layers do not have; leave them out"
+                "windows, recurrent layers or ALiBi do not have; leave them out"
             )
         on_cuda = self.model.device.type == "cuda"
         if not able or graphs is False or not (graphs or compiler or on_cuda):
@@ -127,7 +134,9 @@ class Engine:
         conditions = model.condition(prompts=prompts, labels=labels, captions=captions, grid=self.asked_grid)
         rows, image_seeds = pair(len(conditions), seeds)
         names = _names(prompts=prompts, labels=labels, captions=captions)
-        whose = [names.index(names[row]) for row in rows]
+        first_of: dict[Any, int] = {}
+        numbers = [first_of.setdefault(name, row) for row, name in enumerate(names)]
+        whose = [numbers[row] for row in rows]
         num_codes = self.grid[0] * self.grid[1]
         given = self._given(given_codes, len(rows), num_codes)
         keys = draw_keys(image_seeds, num_codes)
@@ -209,8 +218,8 @@ def generate(
     An image is a function of the weights, its condition, its seed and the sampling settings, not of `batch_size`, of
     the order or of the other images: each has its own generator, every key is drawn before the first code, and
     pictures are decoded in a way that does not depend on their number. What is left is that matrix products may round
-    differently at other numbers of rows (not on a CPU with torch 2.14, see `arra/models/products.py`): of two codes whose
-    noisy scores agree to about 1e-6 the other may win.
+    differently at other numbers of rows (not on a CPU with torch 2.14, see `arra/models/products.py`) or next to longer
+    prompts of a language model: of two codes whose noisy scores agree to about 1e-6 the other may win.
 
     The model's mode, state dict and the global random state are left as they were.
     Raises: ArraError for conditions, seeds or settings that do not fit.
@@ -232,8 +241,9 @@ def pair(num_conditions: int, seeds: Sequence[int]) -> tuple[list[int], list[int
     """For each image its condition's index and its seed: zipped at equal lengths, else the product by condition."""
     if not num_conditions or not len(seeds):
         raise ArraError(f"generate: {num_conditions} conditions and {len(seeds)} seeds make no image; give one of each")
-    if negative := [seed for seed in seeds if seed < 0]:
-        raise ArraError(f"seeds: {negative[0]} is negative; seeds are whole numbers from 0 on")
+    if outside := [seed for seed in seeds if not 0 <= seed <= MAX_SEED]:
+        word = "negative" if outside[0] < 0 else "above 2^63 - 1"
+        raise ArraError(f"seeds: {outside[0]} is {word}; seeds are whole numbers from 0 to {MAX_SEED}")
     if num_conditions == len(seeds):
         return list(range(num_conditions)), [int(seed) for seed in seeds]
     product = [(row, int(seed)) for row in range(num_conditions) for seed in seeds]

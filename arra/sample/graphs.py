@@ -111,6 +111,11 @@ class StaticLoop:
         assert self._picture is not None
         return self._picture.codes[:count].clone()
 
+    def forget(self) -> None:
+        """Nothing; memory and steps are given back, and made anew for the next batch."""
+        self._picture = None
+        self._steps.clear()
+
     def _paint(self, rows: Rows, picture: Picture, first: int) -> None:
         """Nothing; all codes behind the first one are drawn."""
         places, length = picture.places.tolist(), self.model.memory_length(rows.condition, self.grid)
@@ -129,13 +134,13 @@ class StaticLoop:
             self._steps[key]()
 
     def _seated(self, rows: Rows, batch: Batch, codes: Tensor, first: int) -> Picture:
-        """The picture's tensors, holding this batch; new ones if its prefix has another length than the last one's."""
+        """The picture's tensors, holding this batch; new ones if its prefix is of another form than the last one's."""
         width, device, mask = rows.condition.tokens.shape[1], codes.device, rows.condition.prefix_mask
         if mask is not None and not rows.is_guided:
             mask = torch.cat([mask, rows.null().prefix_mask])  # type: ignore[list-item]
         picture = self._picture
-        if picture is None or picture.width != width:
-            self._steps.clear()
+        if picture is None or picture.width != width or (picture.prefix_mask is None) != (mask is None):
+            self.forget()
             everyone = torch.zeros(2 * self.batch_size, dtype=torch.int64, device=device)
             self._picture = picture = Picture(
                 width=width,

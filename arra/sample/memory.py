@@ -17,6 +17,7 @@ from arra.errors import ArraError
 from arra.models import CausalLM, Condition, Painter
 from arra.models.head import Head
 from arra.models.products import free_bytes
+from arra.sample.generate import PICTURES_TOGETHER
 from arra.sample.logits import SamplingSettings
 from arra.tokenizers import ImageTokenizer
 
@@ -28,9 +29,6 @@ scores in float64."""
 PICTURE_COPIES = {"cpu": 2.5, "cuda": 4.0}
 """Tensors of full resolution while a picture is made of codes, in strips on a CPU: measured from 8 x 8 to 32 x 32 codes
 to within a tenth; on a GPU the input of a block, its norm, activation and convolution."""
-PICTURES_TOGETHER = 8
-"""Pictures that a GPU decodes from codes together, always as many, so that a picture is the same bits in any company.
-A CPU decodes one after the other: it has no more to do at once, and their memory is that of one."""
 PACKED_KINDS = ("Linear", "Conv1D")
 """Layers whose weights a CPU packs; the latter are GPT-2's."""
 GIB = 2**30
@@ -76,7 +74,7 @@ class PaintingMemory:
 
 def painting_memory(
     model: Painter,
-    tokenizer: ImageTokenizer | None = None,
+    tokenizer: object = None,
     *,
     batch_size: int,
     settings: SamplingSettings,
@@ -90,8 +88,8 @@ def painting_memory(
     `prefix_length` C is how many positions are read at once before the first code that is painted: what the condition
     takes, and given codes at the beginning; a decoder knows the former, a language model does not. `device` is where
     the model will be, for one that is on meta; `static` says that steps of fixed shapes paint (`graphs.py`), whose
-    memory has room for null rows always. Layers of a language model that forget (sliding windows) are counted as
-    if they kept all.
+    memory has room for null rows always. Of image tokenizers the VQ networks of this package are counted. Layers of a
+    language model that forget (sliding windows) are counted as if they kept all.
     """
     device, grid = device or model.device, grid or model.settings.grid
     num_codes, shape = grid[0] * grid[1], _shape(model)
@@ -108,12 +106,12 @@ def painting_memory(
     return PaintingMemory(
         weights=held_bytes(model),
         copies=_copies(model, device),
-        tokenizer=0 if tokenizer is None else held_bytes(tokenizer.model),
+        tokenizer=held_bytes(tokenizer.model) if isinstance(tokenizer, ImageTokenizer) else 0,
         cache=cached * model.memory_length(prefix, grid) * position,
         prefixes=rows * (prefix_length * position + shape.codes * WIDE),
         reading=_reading(shape, rows, prefix_length),
         logits=shape.codes * (rows * WIDE + batch_size * DRAW_BYTES),
-        pictures=0 if tokenizer is None else _pictures(tokenizer, num_codes, batch_size, device),
+        pictures=_pictures(tokenizer, num_codes, batch_size, device) if isinstance(tokenizer, ImageTokenizer) else 0,
     )
 
 

@@ -1,4 +1,4 @@
-"""A decoder's folder that `transformers` loads and samples: `arra export --to hf`.
+"""A decoder's folder that `transformers` loads and samples: `arra export RUN OUT --to hf`.
 
 folder or run of a decoder --> export_decoder --> config.json, generation_config.json, model.safetensors, README.md, our
 own card, and the image tokenizer where the folder has one
@@ -8,22 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
-from arra.errors import ArraError
 from arra.models import Decoder, load_decoder
 from arra.models.hub import Description, model_card, register_with_transformers
 from arra.models.language_folder import quiet
 from arra.models.llamagen import describe_decoder
 from arra.runs import atomic_write, file_hash
 from arra.sample.logits import SamplingSettings
+from arra.sample.presets import own_sampling
 from arra.stages.language_weights import copy_image_tokenizer, new_folder, refuse_existing
 from arra.tokenizers.image import EMBEDDED
 
 USAGE = """import arra
 from transformers import AutoModelForCausalLM
 
-arra.register_with_transformers()
+arra.register_with_transformers()  # the type "arra_decoder" is known from here on
 model = AutoModelForCausalLM.from_pretrained("{repo}")
 tokens = model.generate(**model.inputs({asked}), guidance_scale={scale})
 codes = tokens[:, {prefix}:].unflatten(1, ({height}, {width}))
@@ -31,10 +30,9 @@ images = arra.load_tokenizer({tokenizer}).decode(codes)  # uint8 (B, H, W, 3)"""
 
 BY_HAND = """
 
-# the same by hand: ids of classes stand behind those of codes, the null class last
+# the same by hand: ids of classes stand behind those of codes
 import torch
-null = torch.tensor([[{null}]])
-tokens = model.generate(torch.tensor([[{label}]]), guidance_scale={scale}, negative_prompt_ids=null)"""
+tokens = model.generate(torch.tensor([[{label}]]), guidance_scale={scale})"""
 
 
 def export_decoder(folder: Path, out: Path, *, dtype: torch.dtype | None = None) -> list[tuple[str, str]]:
@@ -50,7 +48,7 @@ def export_decoder(folder: Path, out: Path, *, dtype: torch.dtype | None = None)
     from arra.models.transformers_decoder import ArraDecoderForCausalLM
 
     decoder = load_decoder(folder, dtype=dtype)
-    sampling = _sampling(decoder, folder)
+    sampling = own_sampling(decoder)
     model = ArraDecoderForCausalLM.of(decoder)
     drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     drawn |= {"min_p": sampling.min_p} if sampling.min_p else {}
@@ -74,16 +72,6 @@ def export_decoder(folder: Path, out: Path, *, dtype: torch.dtype | None = None)
         ("image tokenizer", str(out / "tokenizer") if copied else ""),
         ("sha256", file_hash(out / "model.safetensors")),
     ]
-
-
-def _sampling(decoder: Decoder, folder: Path) -> SamplingSettings:
-    """How the model paints as its card says; where it says nothing, plainly, with guidance."""
-    told = decoder.about.get("sampling")
-    try:
-        return SamplingSettings(**told) if isinstance(told, dict) else SamplingSettings(cfg_scale=2.0)
-    except ValidationError as error:
-        fault = error.errors()[0]["msg"]
-        raise ArraError(f"{folder / 'model.json'}: about.sampling: {fault}; mend it or save the model again") from error
 
 
 def decoder_hint(out: Path) -> str:
@@ -119,6 +107,5 @@ def _described(decoder: Decoder, sampling: SamplingSettings, *, copied: bool) ->
         tokenizer=tokenizer,
     )
     if settings.condition == "class" and not settings.rep_token:
-        first = settings.num_codes
-        usage += BY_HAND.format(label=first + label, null=first + settings.num_classes, scale=sampling.cfg_scale)
+        usage += BY_HAND.format(label=settings.num_codes + label, scale=sampling.cfg_scale)
     return replace(describe_decoder(decoder), usage=usage)

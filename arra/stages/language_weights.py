@@ -28,7 +28,7 @@ from arra.models.language_folder import (
     write_files,
 )
 from arra.models.weights import Entry
-from arra.runs import atomic_write, file_hash, writing
+from arra.runs import atomic_write, file_hash, let_others_read, writing
 
 Rows = list[tuple[str, str]]
 KINDS = {
@@ -176,6 +176,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         with writing(out):
             yield place
+            let_others_read(place)
             place.chmod(0o755)  # mkdtemp's folder is its owner's alone
             os.replace(place, out)
     finally:

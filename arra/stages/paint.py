@@ -12,20 +12,32 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from arra.distributed import Ranks, joined_ranks, own_device
 from arra.errors import ArraError
+from arra.models import Decoder
 from arra.models.narrow import WeightKind, narrow_weights
 from arra.report.grids import SCALE, GridColumn, png_bytes, sample_grid
 from arra.runs import atomic_write
 from arra.sample.generate import Engine, sampling_settings
 from arra.sample.logits import SamplingSettings
+from arra.sample.memory import PaintingMemory, painting_memory, refuse_too_large
 from arra.sample.presets import find_preset
 from arra.stages.given import GivenPicture, read_given
 from arra.stages.model import weights_hash
-from arra.stages.painters import LoadedDecoder, load_painter
+from arra.stages.painters import LoadedDecoder, LoadedRun, load_painter
 from arra.stages.process import Progress, silent
-from arra.stages.request import Numbers, PaintOptions, PaintRequest, balance_note, described, number, parse_grid
+from arra.stages.request import (
+    Numbers,
+    PaintOptions,
+    PaintRequest,
+    balance_note,
+    check_request,
+    described,
+    number,
+    parse_grid,
+)
 from arra.stages.samples import GRID_FILE, NPZ_FILE, Recorder, Samples, part_list
 from arra.stages.split_wishes import make_wishes
 from arra.stages.wishes import Wishes
@@ -88,6 +100,7 @@ def paint(request: PaintRequest, *, options: PaintOptions | None = None, progres
             be written.
     """
     options = options or PaintOptions()
+    check_request(request)  # before a large model is read
     device = own_device(options.device)
     with joined_ranks(device) as ranks:
         told = progress if ranks.is_first else silent
@@ -120,6 +133,7 @@ class Job:
         with ExitStack() as stack:
             # told before the folder is touched, if the model cannot be asked so
             engine = stack.enter_context(self._engine())
+            self._refuse_too_large()
             done = np.frombuffer(self.ranks.by_first(lambda: self._begin(stack)), np.uint8)
             missing = np.flatnonzero(~np.unpackbits(done, count=len(self.numbers)).astype(bool))
             part, parts = self.options.part or (0, 1)
@@ -150,6 +164,36 @@ class Job:
             batch_size=self.options.batch_size,
             grid=self.grid,
             jacobi_window=self.request.jacobi_window,
+            graphs=self.options.graphs,
+            compiler="inductor" if self.options.compiled else None,
+        )
+
+    def _refuse_too_large(self) -> None:
+        """Nothing; with model and engine in place there is room for a batch."""
+        model, options, device = self.loaded.model, self.options, self.loaded.model.device
+        static = options.compiled or options.graphs or (options.graphs is None and device.type == "cuda")
+        together = 1 if self.request.jacobi_window else options.batch_size
+        length = self.wishes.positions
+        if length is None:
+            assert isinstance(model, Decoder)
+            length = model.settings.prefix_length
+        if self.given is not None:  # those before the first painted one are read together
+            length += int(self.given.painted.to(torch.uint8).argmax())
+
+        def memory_with(size: int) -> PaintingMemory:
+            return painting_memory(
+                model,
+                self.loaded.tokenizer,
+                batch_size=size,
+                settings=self.settings,
+                grid=self.grid,
+                prefix_length=length,
+                static=bool(static),
+            )
+
+        # steps of fixed shapes have room for a whole batch, however few pictures are asked for
+        refuse_too_large(
+            memory_with, batch_size=together if static else min(together, len(self.numbers)), device=device
         )
 
     def _part(self, *, ranked: bool = False) -> str:
@@ -235,7 +279,10 @@ def open_job(loaded: LoadedDecoder, request: PaintRequest, *, options: PaintOpti
     chosen = {key: value for key, value in request.sampling.items() if value is not None}
     settings = sampling_settings(**{**usual.model_dump(), **chosen})
     height, width = grid or model.settings.grid
-    given = None if request.given is None else read_given(request.given, tokenizer, grid=(height, width))
+    given = None
+    if request.given is not None:
+        grey16 = loaded.recipe.data.crop.grey16 if isinstance(loaded, LoadedRun) else "full"
+        given = read_given(request.given, tokenizer, grid=(height, width), grey16=grey16)
     if request.weights is not None:
         narrow_weights(model, cast(WeightKind, request.weights))  # others it refuses
     made_by: dict[str, Any] = {

@@ -21,7 +21,7 @@ from arra.sample.presets import own_sampling
 from arra.stages.language import is_hugging_face
 from arra.stages.origin import columns_of, find_store, noted
 from arra.tokenizers import ImageTokenizer, load_tokenizer
-from arra.tokenizers.image import EMBEDDED, PUBLISHED
+from arra.tokenizers.image import ANY_SIZE, EMBEDDED, PUBLISHED
 
 Loaded = TypeVar("Loaded", bound="LoadedDecoder")
 
@@ -68,6 +68,9 @@ def load_painter(folder: Path, *, tokenizer: str | None = None, tokenizer_weight
     if not any((folder / name).is_file() for name in ("recipe.yaml", "model.json")):
         _refuse_raw(folder)
     if (folder / "recipe.yaml").is_file() or not (folder / "model.json").is_file():
+        if tokenizer_weights is not None and tokenizer is None:
+            inside = folder / "tokenizer"
+            _refuse_unused(str(inside) if inside.is_dir() else _trained_with(folder), tokenizer_weights)
         return load_run(folder, tokenizer=tokenizer, tokenizer_weights=tokenizer_weights)
     model = load_model(folder)
     codes_of = model.about.get("codes_of")
@@ -83,6 +86,17 @@ def load_painter(folder: Path, *, tokenizer: str | None = None, tokenizer_weight
         model, tokenizer, tokenizer_weights, codes_of=codes_of if isinstance(codes_of, dict) else None
     )
     return LoadedDecoder(folder, model, own, own_sampling(model), None)
+
+
+def _trained_with(folder: Path) -> str:
+    """The name of a run's tokenizer; empty where it does not say."""
+    return str(Run.open(folder).manifest().get("tokenizer", ""))
+
+
+def _refuse_unused(name: str, weights: Path) -> None:
+    """Nothing; weights are given for a tokenizer that takes some."""
+    if name and name not in (*PUBLISHED, *ANY_SIZE):
+        raise ArraError(f"--tokenizer-weights {weights}: the tokenizer {name} has its own; leave the option out")
 
 
 def _refuse_raw(folder: Path) -> None:
@@ -158,6 +172,8 @@ def _given_tokenizer(
     model: Painter, name: str, weights: Path | None, *, codes_of: dict[str, Any] | None = None
 ) -> ImageTokenizer:
     """A tokenizer whose codes mean what the model's do; `codes_of` says whose those are, where that is known."""
+    if weights is not None:
+        _refuse_unused(name, weights)
     tokenizer = load_tokenizer(name, weights=weights)
     if codes_of is not None and tokenizer.codes_of != codes_of:
         theirs, ours = (f"{of['tokenizer']} {str(of['weights'])[:12]}" for of in (tokenizer.codes_of, codes_of))

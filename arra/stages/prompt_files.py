@@ -1,4 +1,4 @@
-"""Prompts from files, for `arra generate --prompts`: text, JSON lines, or a table with a column of prompts.
+"""Prompts from files, for `arra generate RUN --prompts FILE`: text, JSON lines, or a table with a column of prompts.
 
 prompts.txt    one prompt per line
 prompts.jsonl  one object per line, {"prompt": ...}
@@ -31,6 +31,8 @@ def read_prompt_file(path: Path) -> list[str]:
     """
     kind = path.suffix.lower()
     expected = KINDS.get(kind, PLAIN)
+    if kind == ".json":
+        raise ArraError(f"{path}: JSON lines are read, one object each; save it as such, and call it .jsonl")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -71,7 +73,8 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, str]]:
 
 
 def _table(path: Path, text: str, *, delimiter: str) -> Iterator[tuple[int, str]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    # strict: a quote that is not closed would make one prompt of all lines behind it
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         heading = [name.strip().casefold() for name in next(reader, [])]
         place = next((heading.index(name) for name in NAMES if name in heading), None)

@@ -12,10 +12,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from arra.errors import ArraError
 from arra.models import CausalLM, Painter
+from arra.models.narrow import WeightKind, load_torchao
+from arra.sample.generate import sampling_settings
+from arra.sample.presets import find_preset
 from arra.stages.given import GivenRequest
 from arra.stages.language import says_shape
 from arra.stages.prepare import parse_part
@@ -65,6 +68,10 @@ class PaintOptions:
     """Start anew where the folder holds pictures of another request."""
     npz: bool = False
     grid: bool = True
+    graphs: bool | None = None
+    """Steps of fixed shapes, replayed on a GPU; None: there, where the model can."""
+    compiled: bool = False
+    """Those steps compiled."""
 
     def __post_init__(self) -> None:
         if self.replace and self.part is not None:
@@ -72,6 +79,8 @@ class PaintOptions:
                 "generate: --replace and --shard do not go together, jobs would delete each other's pictures; delete "
                 "the folder, or begin with --replace in one job alone"
             )
+        if self.compiled and self.graphs is False:
+            raise ArraError("generate: --compile and --no-graphs do not go together, steps are what is compiled")
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,23 @@ class Numbers:
         return [[column * there + row for column in range(each)] for row in range(min(rows, there))]
 
 
+def check_request(request: PaintRequest) -> None:
+    """Nothing; what can be told without the model is right.
+
+    Raises:
+        ArraError: an unknown preset or kind of weights, a missing torchao, or a setting out of its range.
+    """
+    if request.preset is not None:
+        find_preset(request.preset)
+    sampling_settings(**{key: value for key, value in request.sampling.items() if value is not None})
+    if request.weights is None:
+        return
+    if request.weights not in get_args(WeightKind):
+        raise ArraError(f"--weights {request.weights}: unknown; expected one of {', '.join(get_args(WeightKind))}")
+    if request.weights.startswith("int"):
+        load_torchao(request.weights)
+
+
 def number(num_conditions: int, request: PaintRequest) -> Numbers:
     """The numbers of a request.
 
@@ -122,15 +148,33 @@ def number(num_conditions: int, request: PaintRequest) -> Numbers:
 
 
 def balance_note(wishes: Wishes, numbers: Numbers) -> str:
-    """What to say where classes cannot be painted equally often; empty where they are, and for prompts."""
+    """What to say where conditions cannot be painted equally often: always for classes, else if some are left out."""
     each, rest = divmod(len(numbers), numbers.num_conditions)
-    if wishes.labels is None or not numbers.in_turn or not rest:
+    if not numbers.in_turn or not rest or (each and (wishes.labels is None or wishes.of_records)):
         return ""
-    return f"{numbers.num_conditions} classes: the first {rest} get {each + 1} pictures, the others {each}"
+    first = "first gets" if rest == 1 else f"first {rest} get"
+    pictures = "1 picture" if not each else f"{each + 1} pictures"
+    return f"{_counted(wishes)}: the {first} {pictures}, the others {each or 'none'}"
+
+
+def _counted(wishes: Wishes) -> str:
+    """How many conditions of which kind."""
+    kind = "record" if wishes.of_records else "prompt" if wishes.labels is None else "class"
+    plural = "" if len(wishes) == 1 else "es" if kind == "class" else "s"
+    return f"{len(wishes)} {kind}{plural}"
 
 
 def parse_options(
-    *, out: Path | None, batch_size: int, device: str, shard: str | None, replace: bool, npz: bool, grid: bool
+    *,
+    out: Path | None,
+    batch_size: int,
+    device: str,
+    shard: str | None,
+    replace: bool,
+    npz: bool,
+    grid: bool,
+    graphs: bool | None,
+    compiled: bool,
 ) -> PaintOptions:
     """The options as the command line gives them.
 
@@ -138,7 +182,7 @@ def parse_options(
         ArraError: a shard that is not i/n, or that is to replace.
     """
     part = None if shard is None else parse_part(shard, "--shard")
-    return PaintOptions(out, batch_size, device, part, replace, npz, grid)
+    return PaintOptions(out, batch_size, device, part, replace, npz, grid, graphs, compiled)
 
 
 def chosen_seeds(text: str | None, num_images: int | None) -> Sequence[int]:
@@ -206,15 +250,13 @@ def parse_grid(model: Painter, text: str | None) -> tuple[int, int] | None:
 
 def described(wishes: Wishes, numbers: Numbers) -> dict[str, Any]:
     """Conditions, seeds and their order for `request.json`: in words, and by hash where they are long."""
-    kind = "prompt" if wishes.labels is None else "class"
-    plural = "" if len(wishes) == 1 else "es" if kind == "class" else "s"
     first = ", ".join(f"'{shortened(text)}'" for text in wishes.texts[:3])
     told = hashlib.sha256()
     for fact in wishes.facts:
         told.update(json.dumps(fact, ensure_ascii=False).encode() + b"\n")
     return {
         "num_images": len(numbers),
-        "conditions": f"{len(wishes)} {kind}{plural}: {first}{', ...' if len(wishes) > 3 else ''}",
+        "conditions": f"{_counted(wishes)}: {first}{', ...' if len(wishes) > 3 else ''}",
         "conditions_sha256": told.hexdigest(),
         "captions_by": wishes.captions_by,
         "order": "conditions in turn" if numbers.in_turn else "every condition with every seed",

@@ -51,7 +51,8 @@ def make_wishes(
         prompts = table.column("prompt").to_pylist()
         wishes = prompt_wishes(model, prompts, section=loaded.text_encoder, folder=folder, grid=grid)
     ids = table.column("id").to_pylist()
-    return replace(wishes, facts=[{**fact, "id": each} for fact, each in zip(wishes.facts, ids, strict=True)])
+    facts = [{**fact, "id": each} for fact, each in zip(wishes.facts, ids, strict=True)]
+    return replace(wishes, facts=facts, of_records=True)
 
 
 def _store_of(loaded: LoadedDecoder, asked: Asked) -> Store:

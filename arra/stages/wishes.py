@@ -41,6 +41,10 @@ class Wishes:
     """Features (N, C, F) and mask (N, C) of some of them, the same whichever are asked for together."""
     captions_by: str | None = None
     """Whose features those are: a hash."""
+    positions: int | None = None
+    """That the longest of them takes; None where the model's settings tell."""
+    of_records: bool = False
+    """Each is what a record of a split says."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -113,9 +117,11 @@ def prompt_wishes(
     if folder is not None and model.settings.condition == "text":
         raise ArraError("--text-encoder: this model reads its prompts itself; leave it out")
     if isinstance(model, CausalLM):  # it says itself what does not fit
+        positions = 0
         for first in range(0, len(prompts), PROMPTS_TOGETHER):
-            model.condition(prompts=prompts[first : first + PROMPTS_TOGETHER], grid=grid)
-        return Wishes(list(prompts), facts)
+            read = model.condition(prompts=prompts[first : first + PROMPTS_TOGETHER], grid=grid)
+            positions = max(positions, read.tokens.shape[1])
+        return Wishes(list(prompts), facts, positions=positions)
     if model.settings.condition == "text":
         check_prompts(model, prompts)
         return Wishes(list(prompts), facts)

@@ -232,6 +232,20 @@ def test_given_codes_stay_and_are_read_together(
     assert calls.steps == [(6, index, until - index) for index, until in itertools.pairwise(free)]
 
 
+def test_a_beginning_is_read_once_for_the_images_that_share_it(
+    keeping: Painter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, begun = one_condition(keeping, 1), torch.tensor([[1, 2, 3], [1, 2, 3], [4, 5, 6]])
+    given = torch.cat([begun, torch.full((3, P - 3), FREE)], 1)
+    with monkeypatch.context() as patch:
+        calls = Calls(keeping, patch)
+        found = generate(keeping, **told, seeds=[5, 6, 7], given_codes=given, cfg_scale=2.0).codes
+    assert calls.prefills == [(4, 3)]  # for the condition and for its null row
+    for row in range(3):
+        alone = generate(keeping, **told, seeds=[5 + row], given_codes=given[[row]], cfg_scale=2.0).codes
+        assert torch.equal(found[[row]], alone)
+
+
 def test_codes_may_be_given_for_some_images_alone(model: Painter) -> None:
     told: dict[str, Any] = {**conditions(model), "seeds": [5, 6, 7], "cfg_scale": 2.0}
     codes = generate(model, **told).codes.flatten(1)

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from arra.data.layout import ImageLayout
 from arra.errors import ArraError
 from arra.models import CausalLM, load_model, save_model
 from arra.models.adapters import LoraSettings, add_lora, merge_adapters
+from arra.models.causal import one_sequence_each
 from arra.models.extend import is_tied
 from arra.sample.generate import generate
 from arra.tokenizers.prompts import prompt_tokenizer
@@ -412,6 +415,28 @@ def test_a_mask_of_nothing_is_no_mask() -> None:
     tokens = torch.randint(TEXT, (2, 9), generator=torch.Generator().manual_seed(0))
     real = torch.ones(2, 5, dtype=torch.bool)
     assert torch.equal(model(tokens, prefix_mask=real).last_hidden, model(tokens).last_hidden)
+
+
+def test_threads_leave_the_library_as_it_was() -> None:
+    """Whichever of them is done first."""
+    from transformers import masking_utils
+
+    own = masking_utils.find_packed_sequence_indices
+    inside, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        inside.set()
+        with one_sequence_each():
+            done.wait(10)
+
+    thread = threading.Thread(target=other)
+    with one_sequence_each():
+        thread.start()
+        inside.wait(10)
+        time.sleep(0.05)  # it has come to where it would take this one's function for the library's
+    done.set()
+    thread.join()
+    assert masking_utils.find_packed_sequence_indices is own
 
 
 def test_wrong_wishes_are_told() -> None:

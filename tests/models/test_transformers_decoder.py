@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import arra
@@ -69,10 +70,11 @@ def saved(model: Decoder, folder: Path) -> Any:
     return lm
 
 
-@pytest.fixture(params=[*KINDS])
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Decoder, Any]:
+@pytest.fixture(params=[*KINDS], scope="module")
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, Any]:
+    torch.manual_seed(0)
     model = made(request.param)
-    return model, saved(model, tmp_path)
+    return model, saved(model, tmp_path_factory.mktemp("pair"))
 
 
 def codes_of(model: Decoder, tokens: Tensor) -> Tensor:
@@ -132,13 +134,16 @@ def test_a_seeds_picture_is_our_engines(pair: tuple[Decoder, Any]) -> None:
 
 
 def test_several_pictures_of_a_condition(pair: tuple[Decoder, Any]) -> None:
-    """Drawn by the library."""
+    """Drawn by the library, under its guidance: each picture has an unconditional twin of its own."""
     model, lm = pair
     torch.manual_seed(0)
-    codes = codes_of(model, lm.generate(**lm.inputs(**asked(model)), num_return_sequences=4))
+    told = {**lm.inputs(**asked(model)), "num_return_sequences": 4, "guidance_scale": 2.5}
+    codes = codes_of(model, lm.generate(**told))
     assert len(codes) == 12
     assert codes.max() < 16
     assert len({tuple(row) for row in codes[:4].flatten(1).tolist()}) > 1
+    ours = generate(model, seeds=[0] * 3, cfg_scale=2.5, temperature=0, **asked(model)).codes
+    assert torch.equal(codes_of(model, lm.generate(**told, top_k=1)), ours.repeat_interleave(4, dim=0))
 
 
 @torch.no_grad()
@@ -163,17 +168,15 @@ def null_logits(model: Decoder, codes: Tensor) -> Tensor:
 
 
 def test_a_picture_begun_is_finished(tmp_path: Path) -> None:
-    """Codes behind the condition are read with it."""
+    """Codes behind the condition are read with it; the null condition may be given by hand."""
     model = made("class")
     lm = saved(model, tmp_path)
     given = torch.tensor([[3, 1, 4, 1, 5]])
     ours = generate(model, labels=[2], seeds=[0], temperature=0, cfg_scale=2.0, prefix_codes=given).codes
-    null = torch.cat([torch.tensor([[21]]), given], 1)
-    tokens = lm.generate(
-        torch.cat([torch.tensor([[18]]), given], 1), negative_prompt_ids=null, guidance_scale=2.0, do_sample=False,
-        max_new_tokens=7,
-    )  # fmt: skip
-    assert torch.equal(codes_of(model, tokens), ours)
+    begun, null = (torch.cat([torch.tensor([[first]]), given], 1) for first in (18, 21))
+    for told in ({}, {"negative_prompt_ids": null}):
+        tokens = lm.generate(begun, **told, guidance_scale=2.0, do_sample=False, max_new_tokens=7)
+        assert torch.equal(codes_of(model, tokens), ours)
 
 
 @pytest.mark.parametrize("kind", ["text", "caption, REP"])
@@ -184,6 +187,9 @@ def test_the_folder_is_ours_as_well(kind: str, tmp_path: Path) -> None:
     lm = saved(model, tmp_path)
     assert (lm.generation_config.temperature, lm.generation_config.top_k) == (0.5, 7)
     lm.save_pretrained(tmp_path / "again")
+    state = lm.state_dict()
+    lm.load_state_dict(load_file(tmp_path / "again" / "model.safetensors"))  # as Trainer does when it goes on
+    assert all(torch.equal(lm.state_dict()[key], value) for key, value in state.items())
     weights = (tmp_path / "exported" / "model.safetensors").read_bytes()
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
     for folder in ("exported", "again"):
@@ -226,20 +232,24 @@ def test_the_readmes_lines_paint(tmp_path: Path, run_arra: Callable[..., Any], m
     assert found["images"].shape == (1, 6, 8, 3)
     assert found["tokens"][0, 0] == 16 + 4
     assert load_painter(Path("exported")).tokenizer.name == "tiny"
+    assert len({file.stat().st_mode for file in Path("exported").glob("*.*")}) == 1  # safetensors' too
 
 
-def test_it_learns(tmp_path: Path) -> None:
-    """The library's loss: every code's own, gradients reach every weight, conditions cannot be predicted."""
-    model = made("class")
+@pytest.mark.parametrize("kind", ["class", "text, REP"])
+def test_it_learns(kind: str, tmp_path: Path) -> None:
+    """The library's loss: every code's own, gradients reach every weight, conditions are not to be predicted."""
+    model = made(kind)
     lm = saved(model, tmp_path)
-    codes = torch.randint(16, (2, 12), generator=torch.Generator().manual_seed(1))
-    tokens = torch.cat([torch.tensor([[16], [18]]), codes], 1)
-    output = lm(tokens, labels=tokens)
-    expected = torch.nn.functional.cross_entropy(model.logits(codes, labels=[0, 2]).flatten(0, 1), codes.flatten())
+    inputs = lm.inputs(**asked(model))
+    codes = torch.randint(16, (3, model.settings.num_positions), generator=torch.Generator().manual_seed(1))
+    tokens = torch.cat([inputs["input_ids"], codes], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(codes)], 1)
+    output = lm(tokens, attention_mask=mask, labels=tokens)
+    expected = torch.nn.functional.cross_entropy(model.logits(codes, **asked(model)).flatten(0, 1), codes.flatten())
     torch.testing.assert_close(output.loss, expected)
     output.loss.backward()
     assert all(parameter.grad is not None for parameter in lm.parameters())
-    assert lm.train()(tokens, labels=tokens).past_key_values is None
+    assert lm.train()(tokens, attention_mask=mask, labels=tokens).past_key_values is None
 
 
 def test_what_does_not_fit(tmp_path: Path) -> None:
@@ -255,6 +265,11 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
         (lambda: lm(ids, attention_mask=torch.ones_like(ids)), "padding of the condition is to be seen"),
         (lambda: lm.generate(**inputs, max_new_tokens=6), r"14 positions, .* 9 for the condition and 4 for codes"),
         (lambda: lm.generate(**inputs, cache_implementation="static"), "a cache of fixed size"),
+        (
+            lambda: lm.generate(**inputs, guidance_scale=2.0, num_beams=2),
+            r"follow beams; .* pass logits_processor=arra",
+        ),
+        (lambda: lm.save_pretrained(tmp_path / "up", push_to_hub=True), r"call model\.push_to_hub"),
         (lambda: picture(captioned["input_ids"]), "the features of the caption are missing"),
         (lambda: lm.inputs(labels=[1]), "conditioned on text, got class"),
     ]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from arra.errors import ArraError
 from arra.models.decoder import Decoder, DecoderSettings
-from arra.sample.generate import generate
+from arra.sample.generate import MAX_SEED, Engine, generate
+from arra.sample.logits import SamplingSettings
 
 PROMPTS = ["", "abc", "abcdef"]
 
@@ -82,6 +83,15 @@ def test_guidance_of_one_is_no_guidance(condition: str) -> None:
     assert not torch.equal(plain.codes, guided.codes)
 
 
+def test_captions_that_differ_in_their_mask_are_two() -> None:
+    model, features = painter("caption"), torch.randn(1, 4, 10, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[False, False, True, True], [True] * 4])
+    both = generate(model, captions=(features.expand(2, -1, -1), mask), seeds=[0, 0]).codes
+    assert not torch.equal(*both)
+    for row in range(2):
+        assert torch.equal(generate(model, captions=(features, mask[[row]]), seeds=[0]).codes[0], both[row])
+
+
 def test_the_null_half_ends_with_the_interval() -> None:
     model, rows = painter(), []
     model.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
@@ -109,8 +119,8 @@ def test_prompts_and_seeds() -> None:
     assert product.images is not None
     assert product.images.shape == (6, 3, 5, 3)
     assert torch.equal(product.images[..., 0].long(), product.codes)
-    labelled = generate(painter("class"), labels=[1, 9], seeds=[3])
-    assert (labelled.labels, labelled.seeds, labelled.prompts) == ([1, 9], [3, 3], None)
+    labelled = generate(painter("class"), labels=[1, 9], seeds=[MAX_SEED])
+    assert (labelled.labels, labelled.seeds, labelled.prompts) == ([1, 9], [MAX_SEED] * 2, None)
 
 
 @pytest.mark.parametrize("cfg_interval", [-1, 4])
@@ -145,6 +155,29 @@ def test_the_model_is_left_as_it_was() -> None:
     assert [module.training for module in model.modules()] == modes
 
 
+def test_several_engines_paint_with_one_model() -> None:
+    """Side by side; the first to be left breaks nothing of the other."""
+    model = painter().train()
+    with Engine(model, settings=SamplingSettings(cfg_scale=2.0)) as whole:
+        expected = whole.generate(prompts=["abc"], seeds=[0, 1, 2]).codes
+        with Engine(model, settings=SamplingSettings(cfg_scale=2.0), batch_size=2) as inner:
+            assert torch.equal(inner.generate(prompts=["abc"], seeds=[0, 1, 2]).codes, expected)
+        assert not any(module.training for module in model.modules())
+        assert torch.equal(whole.generate(prompts=["abc"], seeds=[0, 1, 2]).codes, expected)
+    assert all(module.training for module in model.modules())
+
+
+def test_an_engine_that_cannot_be_opened_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(self: Decoder) -> None:
+        raise MemoryError
+
+    model = painter().train()
+    monkeypatch.setattr(Decoder, "packed", no_room)
+    with pytest.raises(MemoryError), Engine(model, settings=SamplingSettings()):
+        pass
+    assert all(module.training for module in model.modules())
+
+
 def test_one_code_and_one_row() -> None:
     model = painter(grid=(1, 1))
     assert generate(model, prompts=["abc"], seeds=[0, 1], cfg_scale=2.0).codes.shape == (2, 1, 1)
@@ -155,11 +188,14 @@ def test_one_code_and_one_row() -> None:
     [
         ({"seeds": []}, "0 seeds"),
         ({"seeds": [-1]}, "-1 is negative"),
+        ({"seeds": [0, 2**63]}, r"9223372036854775808 is above 2\^63 - 1"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"batch_size": 0}, "batch_size"),
         ({"prefix_codes": torch.zeros(2, 3, dtype=torch.int64)}, "expected 1 rows"),
         ({"prefix_codes": torch.zeros(1, 16, dtype=torch.int64)}, "at most 15"),
+        ({"given_codes": torch.full((1, 15), 200)}, r"200\.\.200 are outside 0\.\.199"),
+        ({"given_codes": torch.full((1, 15), -2)}, r"-2\.\.-2 are outside"),
     ],
 )
 def test_wrong_arguments_are_told(wrong: dict[str, Any], word: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arra.data.layout import ImageLayout
+from arra.errors import ArraError
 from arra.models import CausalLM
 from arra.sample.decoding import Batch, Prefixes, decode_batch
 from arra.sample.generate import Engine
@@ -60,21 +61,21 @@ def test_it_paints_the_same(kind: str, guidance: str, monkeypatch: pytest.Monkey
             assert torch.equal(found, decode_batch(model, batch, grid=(3, 5), settings=settings))
 
 
-def language_model(family: str) -> CausalLM:
+def language_model(family: str, **changes: Any) -> CausalLM:
     """One that writes side tokens before its pictures and a new line after each row of codes."""
     layout = ImageLayout(
         family="generic", bos=0, begin_image=300, end_image=301, new_line=302, first_size=302, num_sizes=8,
         closing=(1,), first_code=311, num_codes=24, unconditional="empty_prompt", max_positions=512,
     )  # fmt: skip
     text = prompt_tokenizer(toy_words().backend_tokenizer.to_str(), reserved=layout.reserved(), source="toy")
-    return CausalLM(toy_lm(family, rows=340), layout=layout, grid=(3, 4), text_tokenizer=text)
+    return CausalLM(toy_lm(family, rows=340, **changes), layout=layout, grid=(3, 4), text_tokenizer=text)
 
 
 @pytest.mark.parametrize("guidance", ["on", "between"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_language_models_paint_the_same(family: str, guidance: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of several lengths, in chunks whose prefixes have others; with new lines between the codes."""
-    monkeypatch.setattr("arra.sample.graphs.REACH", 16)
+    monkeypatch.setattr("arra.sample.graphs.REACH", 4)  # so that a new line's place is the first of a new reach
     monkeypatch.setattr("arra.models.causal.PREFIX_STEP", 8)
     model, settings = language_model(family), SamplingSettings(**GUIDANCE[guidance])
     chunks = [["a red bar", "a", "blue"], ["a red bar", "green"], ["a blue bar a red bar", "a"]]
@@ -83,6 +84,42 @@ def test_language_models_paint_the_same(family: str, guidance: str, monkeypatch:
     with Engine(model, settings=settings, batch_size=2) as plain:
         for codes, prompts in zip(found, chunks, strict=True):
             assert torch.equal(codes, plain.generate(prompts=prompts, seeds=range(len(prompts))).codes)
+
+
+def test_captions_of_one_engine_may_be_padded_or_not() -> None:
+    model, settings = painter("caption"), SamplingSettings(cfg_scale=2.0)
+    features, mask = asked(model, 2).caption, torch.tensor([[False, True, True, True], [False, False, True, True]])
+    with Engine(model, settings=settings, batch_size=2, graphs=True) as static, Engine(model, settings=settings) as by:
+        for real in (None, mask, None):
+            found, plain = (each.generate(captions=(features, real), seeds=[0, 1]) for each in (static, by))
+            assert torch.equal(found.codes, plain.codes)
+
+
+@torch.no_grad()
+def test_an_engine_that_is_opened_again_paints_with_the_weights_of_then() -> None:
+    """Of a language model's head it holds a copy; nothing of it is kept while the engine is closed."""
+    model, found = language_model("llama"), []
+    head = model.lm.get_output_embeddings()  # type: ignore[operator]
+    engine = Engine(model, settings=SamplingSettings(), batch_size=2, graphs=True)
+    for _ in range(2):
+        with engine:
+            found.append(engine.generate(prompts=["a", "blue"], seeds=[0, 1]).codes)
+        assert engine._static is not None
+        assert engine._static._picture is None
+        assert not engine._static._steps
+        head.weight.copy_(head.weight.flip(0))
+    assert not torch.equal(*found)
+    with Engine(model, settings=SamplingSettings()) as other:
+        assert torch.equal(other.generate(prompts=["a", "blue"], seeds=[0, 1]).codes, found[0])
+
+
+def test_attention_that_counts_by_itself_has_no_fixed_shapes() -> None:
+    windows = {"attention_types": [[["global", "local"], 1]], "window_size": 6, "num_layers": 2}
+    for model in (language_model("bloom"), language_model("falcon", alibi=True), language_model("gpt_neo", **windows)):
+        assert not model.steps_alike
+        with pytest.raises(ArraError, match="ALiBi do not have; leave them out"):
+            Engine(model, settings=SamplingSettings(), graphs=True)
+    assert all(language_model(family).steps_alike for family in ("falcon", "llama", "gpt2"))
 
 
 class NobodyWaits(TorchDispatchMode):

@@ -23,7 +23,7 @@ from tests.models.toy_lms import FAMILIES, toy_lm, toy_words
 
 transformers: Any = pytest.importorskip("transformers")
 
-TEXT, CODES, GRID = 300, 24, (3, 4)
+TEXT, CODES, GRID = 300, 24, (2, 3)
 PROMPTS = ["a red bar", "the green circle in the middle of it", ""]
 LAYOUT = ImageLayout(
     family="generic", bos=0, begin_image=TEXT, end_image=TEXT + 1, new_line=TEXT + 2, first_size=TEXT + 2, num_sizes=8,
@@ -87,7 +87,7 @@ def test_chameleons_kin_paint_the_same(layout: str, tmp_path: Path) -> None:
 
 
 def test_the_folder_is_ours_as_well(tmp_path: Path) -> None:
-    """Card and image tokenizer go along."""
+    """Card and image tokenizer go along, and others may read what they may read of the rest."""
     model = painter("llama")
     save_model(model, tmp_path / "model")
     vq = VQModel(VQSettings(channels=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=4, num_codes=CODES, code_dim=4))
@@ -95,6 +95,8 @@ def test_the_folder_is_ours_as_well(tmp_path: Path) -> None:
     export_weights(tmp_path / "model", tmp_path / "exported", dtype="float32")
     loaded = load_painter(tmp_path / "exported")
     assert loaded.tokenizer.name == "tiny"
+    for folder in ("model", "exported"):
+        assert len({file.stat().st_mode for file in (tmp_path / folder).glob("*.*")}) == 1
     assert loaded.model.settings == model.settings
     ours = generate(model, prompts=PROMPTS, seeds=[0, 1, 2]).codes
     assert torch.equal(generate(loaded.model, prompts=PROMPTS, seeds=[0, 1, 2]).codes, ours)

@@ -303,7 +303,7 @@ def test_classes_are_balanced(painter: Path, tmp_path: Path, count: int, each: l
     assert [row["seed"] for row in found] == list(range(10, 10 + count))
     with np.load(tmp_path / "samples.npz") as packed:
         assert np.bincount(packed["label"], minlength=3).tolist() == each
-    uneven = {7: "3 classes: the first 1 get 3 pictures, the others 2\n", 2: "3 classes: the first 2 get 1 pictures"}
+    uneven = {7: "3 classes: the first gets 3 pictures, the others 2\n", 2: "3 classes: the first 2 get 1 picture, "}
     assert done.summary().startswith(uneven.get(count, f"{count} pictures in"))
 
 
