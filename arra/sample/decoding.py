@@ -150,8 +150,9 @@ class Rows:
     def begin(self, index: int) -> None:
         """Nothing; the prefix and the codes before `index` are read."""
         null = None
-        # a memory that forgets cannot take in its null rows later
-        if self.guided[0] or (any(self.guided) and not self.model.keeps_all):
+        # schedules that grow are off at the first code alone, and joining null rows behind it copies the whole memory;
+        # a memory that forgets cannot take them in later at all
+        if any(self.guided[:2]) or (any(self.guided) and not self.model.keeps_all):
             null, self.is_guided = self.null(), True
             self.condition = self.condition.join(null)
         known = self.codes[:, :index]

@@ -103,11 +103,13 @@ class StaticLoop:
         rows = Rows(self.model, batch, self.grid, codes, guided=guided, prefixes=prefixes)
         rows.begin(first)
         logits = rows.logits
-        if rows.is_guided:
+        if guided[0]:
             logits = guide(logits[: self.batch_size], logits[self.batch_size :], cfg_scale=scales[first])
-        drawn = pick(logits, self.settings, keys=batch.keys[:, first])
+        drawn = pick(logits[: self.batch_size], self.settings, keys=batch.keys[:, first])
         codes[:, first] = torch.where(codes[:, first] == FREE, drawn, codes[:, first])
-        self._paint(rows, self._seated(rows, batch, codes, first), first)
+        picture = self._seated(rows, batch, codes, first)
+        rows.memory = None  # the picture has it now
+        self._paint(rows, picture, first)
         assert self._picture is not None
         return self._picture.codes[:count].clone()
 

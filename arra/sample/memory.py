@@ -95,7 +95,7 @@ def painting_memory(
     num_codes, shape = grid[0] * grid[1], _shape(model)
     scales = settings.cfg_scales(num_codes)
     guided = any(scale != 1 for scale in scales)
-    rows, joins = batch_size * (1 + guided), guided and scales[0] == 1
+    rows, joins = batch_size * (1 + guided), guided and all(scale == 1 for scale in scales[:2])
     cached = 2 * batch_size + rows // (1 + joins) if static else rows * (1 + joins)
     if prefix_length is None:
         if isinstance(model, CausalLM):
