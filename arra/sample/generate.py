@@ -269,7 +269,10 @@ def sampling_settings(**fields: Any) -> SamplingSettings:
     try:
         return SamplingSettings(**fields)
     except ValidationError as error:
-        faults = "; ".join(f"{fault['loc'][0]}: {fault['msg']}, got {fault['input']}" for fault in error.errors())
+        faults = "; ".join(
+            f"{fault['loc'][0]}: {fault['msg']}, got {fault['input']}" if fault["loc"] else fault["msg"].removeprefix("Value error, ")
+            for fault in error.errors()
+        )
         raise ArraError(f"generate: {faults}") from error
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from arra.settings import Settings
@@ -24,12 +24,12 @@ MIN_TEMPERATURE = 1e-5
 class SamplingSettings(Settings):
     """How codes are drawn."""
 
-    cfg_scale: float = Field(default=1.0, ge=0)
+    cfg_scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """uncond + cfg_scale * (cond - uncond); 1 is off and costs nothing."""
     cfg_schedule: Literal["constant", "linear", "cosine", "power"] = "constant"
     """How the scale grows from 1 at the first code to `cfg_scale` at the last: not at all (it is constant), or by
     t, t^cfg_power or (1 - cos(pi t^cfg_power)) / 2 of the way, t = code / (codes - 1)."""
-    cfg_power: float = Field(default=1.0, gt=0)
+    cfg_power: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Of the power and the cosine schedule."""
     cfg_start: float = Field(default=0.0, ge=0, le=1)
     """No guidance for this first share of the codes."""
@@ -38,7 +38,7 @@ class SamplingSettings(Settings):
     cfg_interval: int = Field(default=-1, ge=-1)
     """LlamaGen's way to stop: guide codes 0..cfg_interval + 1 (it counts decode steps, after the prefill); -1 is all.
     """
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """0 is greedy: the most probable code, the lower one of two equal."""
     top_k: int = Field(default=0, ge=0)
     """Keep the k most probable codes, and those equal to the k-th; 0 is off."""
@@ -46,6 +46,12 @@ class SamplingSettings(Settings):
     """Keep codes, most probable first, while the probability before them is at most top_p; 1 is off."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Keep codes at least min_p times as probable as the most probable one; 0 is off."""
+
+    @model_validator(mode="after")
+    def _guides_something(self) -> "SamplingSettings":
+        if self.cfg_start > self.cfg_stop:
+            raise ValueError(f"'cfg_start' is {self.cfg_start}, behind 'cfg_stop' {self.cfg_stop}: no code is between")
+        return self
 
     def cfg_scales(self, num_codes: int) -> list[float]:
         """The scale at each code; exactly 1 where guidance is off."""

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 from arra.errors import ArraError
 from arra.models import Decoder, DecoderSettings, save_model
 from arra.runs import file_hash
+from arra.sample import memory
 from arra.sample.generate import Engine
 from arra.stages import paint as paint_stage
 from arra.stages import samples as samples_stage
@@ -307,6 +309,27 @@ def test_classes_are_balanced(painter: Path, tmp_path: Path, count: int, each: l
     assert done.summary().startswith(uneven.get(count, f"{count} pictures in"))
 
 
+def test_a_batch_that_does_not_fit_is_told_first(
+    painter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda: 2.0**20)
+    with pytest.raises(ArraError, match=r"^generate: batch_size: 12000 images together take .* there is room for \d+"):
+        paint(request(painter, seeds=range(4000)), options=PaintOptions(tmp_path / "out", batch_size=20_000))
+    assert not (tmp_path / "out").exists()
+    paint(request(painter), options=PaintOptions(tmp_path / "out", batch_size=20_000))
+
+
+def test_steps_of_fixed_shapes_paint_the_same(painter: Path, tmp_path: Path) -> None:
+    for name, graphs in (("plain", False), ("fixed", True)):
+        paint(request(painter), options=PaintOptions(tmp_path / name, graphs=graphs, batch_size=5))
+    assert files(tmp_path / "plain") == files(tmp_path / "fixed")
+
+
+def test_weights_for_a_tokenizer_that_has_its_own_are_refused(painter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArraError, match=r"^--tokenizer-weights vq.pt: the tokenizer .*tokenizer has its own; leave"):
+        paint(request(painter, tokenizer_weights=Path("vq.pt")), options=PaintOptions(tmp_path / "out"))
+
+
 def test_the_npz_is_the_pictures(painter: Path, tmp_path: Path) -> None:
     paint(request(painter), options=PaintOptions(tmp_path, npz=True, grid=False))
     assert not (tmp_path / "grid.png").exists()
@@ -364,6 +387,25 @@ def test_a_split_of_the_run_s_own_store(pipeline: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_a_picture_is_read_as_the_run_s_own(pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_run(pipeline.aligned)
+    crop = loaded.recipe.data.crop.model_copy(update={"grey16": "range"})
+    recipe = loaded.recipe.model_copy(update={"data": loaded.recipe.data.model_copy(update={"crop": crop})})
+    monkeypatch.setattr(paint_stage, "load_painter", lambda *_, **__: replace(loaded, recipe=recipe))
+    asked: list[Any] = []
+
+    def read(*_: Any, grey16: str, **__: Any) -> Any:
+        asked.append(grey16)
+        raise ArraError("seen")
+
+    monkeypatch.setattr(paint_stage, "read_given", read)
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path)
+    with pytest.raises(ArraError, match="seen"):
+        paint(PaintRequest(pipeline.aligned, Asked(prompts=("red circle",)), given=given_request(vary=path)))
+    assert asked == ["range"]
+
+
 def test_a_split_needs_a_store_of_the_model_s_classes(painter: Path, pipeline: Any, tmp_path: Path) -> None:
     with pytest.raises(ArraError, match="a model that no store belongs to; name the one whose split is meant, as in"):
         paint(PaintRequest(painter, Asked(split="heldout")), options=PaintOptions(tmp_path))
@@ -397,7 +439,7 @@ def test_prompts_that_make_no_picture_are_refused(pipeline: Any, tmp_path: Path,
         (["--cfg-schedule", "up"], "generate: cfg_schedule: "),
         (["--cfg-power", "0"], "generate: cfg_power: "),
         (["--keep", "top:0.5"], "--keep: belongs to --complete IMAGE"),
-        (["--weights", "int3"], "weights"),
+        (["--weights", "int3"], "--weights int3: unknown"),
         (["--num-images", "4", "--seeds", "0-3"], "--seeds 0-3: with --num-images every picture has its own"),
         (["--prompt", "x"], "generate: --label and --prompt do not go together"),
         (["--shard", "4/4"], "--shard 4/4: expected i/n"),
@@ -423,7 +465,7 @@ def test_the_command(painter: Path, tmp_path: Path, run_arra: Callable[..., Any]
     assert (answer.code, answer.err) == (0, "")
     assert "generate: painting 7/7" in answer.out
     lines = answer.out.splitlines()
-    assert lines[-2] == "3 classes: the first 1 get 3 pictures, the others 2"
+    assert lines[-2] == "3 classes: the first gets 3 pictures, the others 2"
     assert lines[-1].startswith(f"7 pictures in {out} (7 painted now, ")
     assert {name for name in files(out) if not name[0].isdigit()} == {"request.json", "samples.jsonl", "samples.npz"}
     keys = ("cfg_scale", "cfg_schedule", "cfg_power", "cfg_start", "cfg_stop", "top_k")

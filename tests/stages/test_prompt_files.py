@@ -47,6 +47,8 @@ def test_prompt_files(tmp_path: Path, name: str, content: str, prompts: list[str
         ),
         ("a.tsv", b"note\tPrompt\na\tb\nc\n", "line 3 has an empty prompt; expected one prompt per line, remove it"),
         ("a.csv", b"prompt\n", "empty; expected a table with a heading and a column 'prompt' or 'caption'"),
+        ("a.csv", b'prompt,note\n"red,x\nblue,y\n', "line 3: unexpected end of data; mend it, or give a text file"),
+        ("a.json", b'["red"]', "JSON lines are read, one object each; save it as such, and call it .jsonl"),
         ("a.csv", b"", "line 1: no column 'prompt' or 'caption', found nothing; name one of them so"),
     ],
 )

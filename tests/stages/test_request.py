@@ -1,13 +1,25 @@
 """How pictures are numbered, and what of the command line is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from arra.errors import ArraError
-from arra.stages.request import MAX_SEED, Numbers, PaintRequest, chosen_seeds, number, parse_options, parse_seeds
-from arra.stages.wishes import Asked, read_asked
+from arra.stages.paint import paint
+from arra.stages.request import (
+    MAX_SEED,
+    Numbers,
+    PaintOptions,
+    PaintRequest,
+    balance_note,
+    chosen_seeds,
+    number,
+    parse_options,
+    parse_seeds,
+)
+from arra.stages.wishes import Asked, Wishes, read_asked
 
 
 def test_seeds_are_read_as_written() -> None:
@@ -37,10 +49,46 @@ def test_a_number_of_pictures_takes_one_seed() -> None:
 
 def test_replacing_is_not_for_jobs_of_an_array() -> None:
     how: dict[str, Any] = {"out": None, "batch_size": 1, "device": "cpu", "npz": False, "grid": True}
+    how |= {"graphs": None, "compiled": False}
     with pytest.raises(ArraError, match="--replace and --shard do not go together"):
         parse_options(shard="0/2", replace=True, **how)
     with pytest.raises(ArraError, match="--shard 2/2: expected i/n with i from 0 to n-1, as in 0/8"):
         parse_options(shard="2/2", replace=False, **how)
+
+
+def test_steps_are_what_is_compiled() -> None:
+    assert PaintOptions(compiled=True).graphs is None
+    with pytest.raises(ArraError, match="--compile and --no-graphs do not go together"):
+        PaintOptions(compiled=True, graphs=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"preset": "none"}, "preset 'none': unknown; known are llamagen-c2i"),
+        ({"sampling": {"cfg_scale": None, "top_p": 0.0}}, "generate: top_p: Input should be greater than 0, got 0.0"),
+        ({"weights": "int2"}, "--weights int2: unknown; expected one of float32, bfloat16, float16, int8, int4"),
+    ],
+)
+def test_what_needs_no_model_is_told_before_one_is_read(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArraError, match="^" + message):
+        paint(PaintRequest(Path("no such model"), Asked(labels=("all",)), **fields))
+
+
+def test_who_gets_no_picture_is_told() -> None:
+    some = Wishes(["a", "b", "c"], [{}] * 3)
+    seen = [
+        (some, 2),
+        (some, 4),
+        (replace(some, labels=[0, 1, 2]), 4),
+        (replace(some, labels=[0, 0, 1], of_records=True), 1),
+    ]
+    assert [balance_note(wishes, Numbers(3, range(count), in_turn=True)) for wishes, count in seen] == [
+        "3 prompts: the first 2 get 1 picture, the others none",
+        "",
+        "3 classes: the first gets 2 pictures, the others 1",
+        "3 records: the first gets 1 picture, the others none",
+    ]
 
 
 def test_a_split_goes_alone() -> None:
