@@ -270,7 +270,9 @@ def sampling_settings(**fields: Any) -> SamplingSettings:
         return SamplingSettings(**fields)
     except ValidationError as error:
         faults = "; ".join(
-            f"{fault['loc'][0]}: {fault['msg']}, got {fault['input']}" if fault["loc"] else fault["msg"].removeprefix("Value error, ")
+            f"{fault['loc'][0]}: {fault['msg']}, got {fault['input']}"
+            if fault["loc"]
+            else fault["msg"].removeprefix("Value error, ")
             for fault in error.errors()
         )
         raise ArraError(f"generate: {faults}") from error
