@@ -90,6 +90,8 @@ class StaticLoop:
     _picture: Picture | None = None
     _steps: dict[tuple[int, int, tuple[int, ...]], Callable[[], None]] = field(default_factory=dict)
 
+    _pool: Any = None
+
     def decode_batch(self, batch: Batch, *, prefixes: Prefixes | None = None) -> Int[Tensor, "B P"]:
         """The codes, as `decoding.decode_batch` gives them (but for what other shapes round otherwise)."""
         count, batch = batch.num_images, self._filled_up(batch)
@@ -115,12 +117,12 @@ class StaticLoop:
 
     def forget(self) -> None:
         """Nothing; memory and steps are given back, and made anew for the next batch."""
-        self._picture = None
+        self._picture = self._pool = None
         self._steps.clear()
 
     def _paint(self, rows: Rows, picture: Picture, first: int) -> None:
         """Nothing; all codes behind the first one are drawn."""
-        places, length = picture.places.tolist(), self.model.memory_length(rows.condition, self.grid)
+        places = picture.places.tolist()
         is_guided, guided = rows.is_guided, [False] * (first + 1) + list(rows.guided[1:])
         for index in range(first, len(places) - 1):  # the code that is fed; the next one is drawn
             tail, is_guided = self.model.tail(index, self.grid), is_guided and any(guided[index + 1 :])
@@ -128,7 +130,7 @@ class StaticLoop:
                 null, is_guided = rows.null(), True
                 memory, _ = self.model.prefill(null, picture.codes[:, :index], grid=self.grid)
                 picture.memory.copy_rows(memory, first=self.batch_size, filled=places[index])
-            reach = min(-(-(places[index] + 1 + len(tail)) // REACH) * REACH, length)
+            reach = static_length(places[index] + 1 + len(tail))
             key = (self.batch_size * (2 if is_guided else 1), reach, tail)
             if key not in self._steps:
                 step = self._step(picture, *key)
@@ -153,7 +155,9 @@ class StaticLoop:
                 places=self.model.static_places(width, self.grid),
                 index=torch.zeros(1, dtype=torch.int64, device=device),
                 prefix_mask=None if mask is None else mask.new_zeros(2 * self.batch_size, width),
-                memory=rows.memory.spread(everyone, length=self.model.memory_length(rows.condition, self.grid)),
+                memory=rows.memory.spread(
+                    everyone, length=static_length(self.model.memory_length(rows.condition, self.grid))
+                ),
             )
         picture.codes.copy_(codes)
         picture.given.copy_(start_codes(batch))
@@ -203,8 +207,9 @@ class StaticLoop:
                 step()
                 picture.index.copy_(index)
         torch.cuda.current_stream().wait_stream(stream)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()  # one step at a time: they can share what they need
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             step()  # noted, not run: the first replay is what paints
         return graph.replay
 
@@ -218,6 +223,11 @@ class StaticLoop:
             keys=batch.keys[rows],
             given=None if batch.given is None else batch.given[rows],
         )
+
+
+def static_length(positions: int) -> int:
+    """Positions that are looked at for so many: a multiple of `REACH`, which kernels with masks like as well."""
+    return -(-positions // REACH) * REACH
 
 
 def _call_block(block: Any, x: Tensor, table: Tensor, mask: Tensor, window: Any) -> Tensor:

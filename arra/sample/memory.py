@@ -18,6 +18,7 @@ from arra.models import CausalLM, Condition, Painter
 from arra.models.head import Head
 from arra.models.products import free_bytes
 from arra.sample.generate import PICTURES_TOGETHER
+from arra.sample.graphs import static_length
 from arra.sample.logits import SamplingSettings
 from arra.tokenizers import ImageTokenizer
 
@@ -96,18 +97,22 @@ def painting_memory(
     scales = settings.cfg_scales(num_codes)
     guided = any(scale != 1 for scale in scales)
     rows, joins = batch_size * (1 + guided), guided and all(scale == 1 for scale in scales[:2])
-    cached = 2 * batch_size + rows // (1 + joins) if static else rows * (1 + joins)
     if prefix_length is None:
         if isinstance(model, CausalLM):
             raise ValueError("prefix_length: a language model's depends on its prompts")
         prefix_length = model.settings.prefix_length
     prefix = Condition(torch.empty(rows, prefix_length, dtype=torch.int64, device="meta"))
+    length = model.memory_length(prefix, grid)
+    if static:  # the rows of the picture, and those that were read before it
+        cached = 2 * batch_size * static_length(length) + rows // (1 + joins) * length
+    else:
+        cached = rows * (1 + joins) * length
     position = 2 * shape.layers * shape.kv_width * shape.width  # bytes of one position of one row
     return PaintingMemory(
         weights=held_bytes(model),
         copies=_copies(model, device),
         tokenizer=held_bytes(tokenizer.model) if isinstance(tokenizer, ImageTokenizer) else 0,
-        cache=cached * model.memory_length(prefix, grid) * position,
+        cache=cached * position,
         prefixes=rows * (prefix_length * position + shape.codes * WIDE),
         reading=_reading(shape, rows, prefix_length),
         logits=shape.codes * (rows * WIDE + batch_size * DRAW_BYTES),

@@ -13,6 +13,7 @@ from arra.errors import ArraError
 from arra.models import CausalLM, Condition, Painter
 from arra.models.decoder import Decoder, DecoderSettings
 from arra.sample import memory
+from arra.sample.graphs import static_length
 from arra.sample.logits import SamplingSettings
 from arra.sample.memory import PaintingMemory, held_bytes, painting_memory, refuse_too_large
 from arra.tokenizers import ImageTokenizer
@@ -71,7 +72,9 @@ def test_rows_that_join_late_and_steps_of_fixed_shapes_take_more() -> None:
     once = painting_memory(model, batch_size=3, settings=GUIDED)
     late = painting_memory(model, batch_size=3, settings=SamplingSettings(cfg_scale=2.0, cfg_start=0.5))
     fixed = painting_memory(model, batch_size=3, settings=GUIDED, static=True)
-    assert late.cache == fixed.cache == 2 * once.cache
+    length = model.memory_length(model.condition(labels=[0]), GRID)
+    assert late.cache == 2 * once.cache
+    assert fixed.cache == once.cache + once.cache // length * static_length(length)
     assert once.total == once.standing + once.passing
 
 
