@@ -40,7 +40,12 @@ def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
 
     No bias, no wrapper (LoRA), no listener, and weights that lie in memory as they are (torchao's do not).
     """
-    return type(layer) is nn.Linear and layer.bias is None and type(layer.weight) is nn.Parameter and is_unheard(layer)
+    return (
+        type(layer) is nn.Linear
+        and layer.bias is None
+        and not hasattr(layer.weight, "__tensor_flatten__")
+        and is_unheard(layer)
+    )
 
 
 def is_unheard(module: nn.Module) -> bool:
