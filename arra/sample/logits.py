@@ -55,12 +55,11 @@ class SamplingSettings(Settings):
 
     def cfg_scales(self, num_codes: int) -> list[float]:
         """The scale at each code; exactly 1 where guidance is off."""
-        stop = self.cfg_stop * num_codes
+        start, stop = (round(share * num_codes, 6) for share in (self.cfg_start, self.cfg_stop))  # 0.07 of 100 is 7
         if self.cfg_interval >= 0:
             stop = min(stop, self.cfg_interval + 2)
         return [
-            self._scale_at(code / max(num_codes - 1, 1)) if self.cfg_start * num_codes <= code < stop else 1.0
-            for code in range(num_codes)
+            self._scale_at(code / max(num_codes - 1, 1)) if start <= code < stop else 1.0 for code in range(num_codes)
         ]
 
     def _scale_at(self, t: float) -> float:

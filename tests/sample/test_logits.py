@@ -77,6 +77,12 @@ def test_guidance_starts_and_stops(start: float, stop: float, interval: int, gui
     assert settings.cfg_scales(10) == [3.0 if code in guided else 1.0 for code in range(10)]
 
 
+def test_shares_of_the_codes_are_what_they_say() -> None:
+    """0.07 times 100 is a little more than 7 in floating point."""
+    settings = SamplingSettings(cfg_scale=3.0, cfg_start=0.07, cfg_stop=0.29)
+    assert [code for code, scale in enumerate(settings.cfg_scales(100)) if scale != 1] == list(range(7, 29))
+
+
 def kept(logits: torch.Tensor, **settings: float) -> list[int]:
     return filter_logits(logits[None], SamplingSettings(**settings)).isfinite()[0].nonzero()[:, 0].tolist()
 
