@@ -25,7 +25,7 @@ from torch import Tensor
 from arra.errors import ArraError
 from arra.evaluate.likelihood import Asked, nll_per_picture
 from arra.models import Painter, load_model
-from arra.models.narrow import WeightKind, narrow_weights, weight_bytes
+from arra.models.narrow import WeightKind, narrow_weights, stored_bytes
 from arra.sample.decoding import FREE
 from arra.sample.generate import Engine
 from arra.sample.logits import SamplingSettings
@@ -86,7 +86,7 @@ def measure(model: Painter, pictures: HeldOut | None, batches: Sequence[int], ti
         greedy = torch.cat([found.argmax(-1).cpu() for found in _logits(model, pictures)])
     ask = _numbered(model) if pictures is None else pictures.ask
     steps = {size: step_ms(model, ask, size, times) for size in batches}
-    return Measured(weight_bytes(model) / 1e6, nll, greedy, steps)
+    return Measured(sum(map(stored_bytes, model.parameters())) / 1e6, nll, greedy, steps)
 
 
 def _logits(model: Painter, pictures: HeldOut) -> Iterator[Tensor]:

@@ -67,11 +67,6 @@ def narrow_weights(model: Decoder | CausalLM, kind: str) -> None:
         model.about[NARROWED] = kind
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes that parameters take, whatever they are stored as; shared ones once."""
-    return sum(map(_stored_bytes, model.parameters()))
-
-
 def refuse_narrowed(model: Decoder | CausalLM) -> None:
     """Nothing.
 
@@ -181,8 +176,9 @@ def _cpu_int4() -> Any:
     return PrototypeInt4WeightOnlyConfig
 
 
-def _stored_bytes(tensor: Tensor) -> int:
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes, whatever it is stored as."""
     if type(tensor) in (Tensor, nn.Parameter):
         return tensor.numel() * tensor.element_size()
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    return sum(_stored_bytes(getattr(tensor, name)) for name in names)
+    return sum(stored_bytes(getattr(tensor, name)) for name in names)

@@ -89,7 +89,6 @@ class StaticLoop:
     """What compiles blocks: a backend of `torch.compile`; None leaves them as they are."""
     _picture: Picture | None = None
     _steps: dict[tuple[int, int, tuple[int, ...]], Callable[[], None]] = field(default_factory=dict)
-
     _pool: Any = None
 
     def decode_batch(self, batch: Batch, *, prefixes: Prefixes | None = None) -> Int[Tensor, "B P"]:
@@ -172,9 +171,7 @@ class StaticLoop:
         """What feeds the code at `picture.index`, draws the next one and moves on."""
         count = self.batch_size
         mask = None if picture.prefix_mask is None else picture.prefix_mask[:num_rows]
-        block = None
-        if self.compiler is not None:
-            block = torch.compile(_call_block, dynamic=False, fullgraph=True, backend=self.compiler)
+        block = self._block(picture.width)
 
         def step() -> None:
             fed = picture.codes.index_select(1, picture.index)
@@ -196,6 +193,15 @@ class StaticLoop:
             picture.codes.index_copy_(1, picture.index, torch.where(known == FREE, drawn, known))
 
         return step
+
+    def _block(self, width: int) -> Block | None:
+        """What calls a block compiled; None where that is not wanted."""
+        if self.compiler is None:
+            return None
+        # once for each reach, with null rows and without; a compiler that has to give up raises
+        variants = 2 * static_length(width + 2 * self.grid[0] * (self.grid[1] + 1)) // REACH + 8
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, variants)
+        return torch.compile(_call_block, dynamic=False, fullgraph=True, backend=self.compiler)
 
     def _captured(self, step: Callable[[], None], picture: Picture) -> Callable[[], None]:
         """The step as a CUDA graph; the picture is as it was before."""

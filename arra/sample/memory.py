@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from arra.errors import ArraError
 from arra.models import CausalLM, Condition, Painter
 from arra.models.head import Head
+from arra.models.narrow import stored_bytes
 from arra.models.products import free_bytes
 from arra.sample.generate import PICTURES_TOGETHER
 from arra.sample.graphs import static_length
@@ -141,14 +142,7 @@ def refuse_too_large(memory_with: Callable[[int], PaintingMemory], *, batch_size
 
 def held_bytes(module: nn.Module) -> int:
     """Bytes of its parameters and buffers; quantised ones as they lie there."""
-    return sum(_tensor_bytes(held) for held in (*module.parameters(), *module.buffers()))
-
-
-def _tensor_bytes(tensor: Tensor) -> int:
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return sum(_tensor_bytes(getattr(tensor, name)) for name in names)
-    return tensor.numel() * tensor.element_size()
+    return sum(map(stored_bytes, (*module.parameters(), *module.buffers())))
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,13 @@ from typing import Any, get_args
 from arra.errors import ArraError
 from arra.models import CausalLM, Painter
 from arra.models.narrow import WeightKind, load_torchao
-from arra.sample.generate import sampling_settings
+from arra.sample.generate import MAX_SEED, sampling_settings
 from arra.sample.presets import find_preset
 from arra.stages.given import GivenRequest
 from arra.stages.language import says_shape
 from arra.stages.prepare import parse_part
 from arra.stages.wishes import Asked, Wishes, shortened
 
-MAX_SEED = 2**63 - 1
-"""What torch's generators take."""
 MAX_SEEDS = 10_000
 """More in one range is a slip of the keyboard."""
 USUAL_SEEDS = "0-7"

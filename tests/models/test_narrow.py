@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from arra.data.layout import ImageLayout
 from arra.errors import ArraError
 from arra.models import CausalLM, Decoder, Painter, load_model, save_model
-from arra.models.narrow import GROUP_SIZE, narrow_weights, weight_bytes
+from arra.models.narrow import GROUP_SIZE, narrow_weights, stored_bytes
 from arra.models.products import is_plain
 from arra.sample.generate import generate
 from arra.tokenizers.prompts import prompt_tokenizer
@@ -124,15 +124,15 @@ def test_bytes_by_arithmetic(family: str, kind: str) -> None:
     matrices = sum(layer.weight.numel() for layer in layers.values())
     rows = sum(layer.out_features for layer in layers.values())
     assert matrices > 0
-    every = weight_bytes(model) // 4
+    every = sum(map(stored_bytes, model.parameters())) // 4
     narrow_weights(model, kind)
     rest = 2 * (every - matrices)
     if kind == "int4":  # half a byte, and for each group two numbers of two bytes
-        assert weight_bytes(model) == rest + matrices // 2 + 4 * matrices // GROUP_SIZE
+        assert sum(map(stored_bytes, model.parameters())) == rest + matrices // 2 + 4 * matrices // GROUP_SIZE
     elif kind == "int8":  # a byte, and for each row a scale and a zero point that is none
-        assert rest + matrices + 4 * rows <= weight_bytes(model) <= rest + matrices + 5 * rows
+        assert rest + matrices + 4 * rows <= sum(map(stored_bytes, model.parameters())) <= rest + matrices + 5 * rows
     else:
-        assert weight_bytes(model) == 2 * every
+        assert sum(map(stored_bytes, model.parameters())) == 2 * every
 
 
 def test_a_weight_of_8_bits_is_off_by_half_a_step_at_most(torchao: Any) -> None:

@@ -165,6 +165,7 @@ def test_no_step_waits_for_its_host(kind: str, filters: dict[str, Any]) -> None:
 
 COMPILED = """
 import torch
+import arra.sample.graphs
 from arra.models.decoder import Decoder, DecoderSettings
 from arra.sample.decoding import Batch, decode_batch
 from arra.sample.graphs import StaticLoop
@@ -178,7 +179,12 @@ batch = Batch(model.eval().condition(labels=[1, 2]), [0, 1], draw_keys([0, 1], 1
 with torch.no_grad():
     loop = StaticLoop(model, (3, 5), settings, batch_size=2, captures=False, compiler="aot_eager")
     assert torch.equal(loop.decode_batch(batch), decode_batch(model, batch, grid=(3, 5), settings=settings))
-assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+    arra.sample.graphs.REACH = 1  # more kinds of steps than torch compiles unless told to
+    loop = StaticLoop(model, (3, 5), settings, batch_size=2, captures=False, compiler="aot_eager")
+    assert torch.equal(loop.decode_batch(batch), decode_batch(model, batch, grid=(3, 5), settings=settings))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 15
 """
 
 
