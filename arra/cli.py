@@ -524,32 +524,105 @@ def generate(
 
 @app.command()
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(help="Finished runs.")],
+    subjects: Annotated[list[Path], typer.Argument(help="Finished runs, folders of pictures, or .npz files.")],
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="Compare with: a folder, an .npz, a store, a run.")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", help="What to measure, by name (arra list protocols).")
+    ] = None,
+    space: Annotated[
+        list[str] | None,
+        typer.Option("--space", help="Compare in: inception, or one of `arra list encoders`; may be repeated."),
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", help="A space or metric to leave out; may be repeated.")
+    ] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option("--weights", metavar="SPACE=PATH", help="Weights of a space; may be repeated.")
+    ] = None,
+    inception: Annotated[Path | None, typer.Option("--inception", help="Inception weights of torch-fidelity.")] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="Of a store or a run: whose pictures are the reference.")
+    ] = None,
+    training: Annotated[
+        str | None, typer.Option("--training", help="Training pictures, to look for copies: a folder, store or run.")
+    ] = None,
+    training_split: Annotated[str, typer.Option("--training-split", help="Of that store or run.")] = "train",
+    teacher: Annotated[
+        list[str] | None, typer.Option("--teacher", help="Encoder that the model was aligned to, if no run says so.")
+    ] = None,
+    findings: Annotated[
+        Path | None, typer.Option("--findings", help="Table of chest X-ray findings; default: read from prompts.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", min=1, help="Bring all pictures to so many pixels a side.")
+    ] = None,
+    filter: Annotated[
+        str | None, typer.Option("--filter", help="For that: bicubic (the default), bilinear, lanczos or box.")
+    ] = None,
+    max_images: Annotated[int | None, typer.Option("--max-images", min=2, help="Measure so many of them.")] = None,
+    num_images: Annotated[
+        int | None, typer.Option("--num-images", min=2, help="A run paints so many to be measured.")
+    ] = None,
+    cfg_scale: Annotated[
+        float | None, typer.Option("--cfg-scale", min=0, help="Guidance that a run paints these with.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the card; default: beside the pictures.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures looked at together.")] = 32,
+    resamples: Annotated[int, typer.Option("--resamples", min=2, help="Of the bootstrap.")] = 500,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of intervals and of what a run paints.")] = 0,
     threads: ThreadsOption = None,
     tokenizer_weights: TokenizerWeightsOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Measure finished runs on held-out pictures: metrics.json in each.
+    """Measure finished runs on held-out pictures, or sets of pictures against a reference: metrics.json, card.html.
 
     Example: arra evaluate runs/demo/aligned
+
+    Example: arra evaluate samples --reference real --space inception --inception weights.pth
+
+    Example: arra evaluate runs/cxr --protocol mimic-cxr --without rad-dino
+
+    On several devices or machines torchrun starts it: torchrun --nproc-per-node 8 -m arra evaluate samples.npz ...
     """
     from arra.display import Display
-    from arra.stages.evaluate import evaluate as evaluate_run
-    from arra.stages.evaluate import results_table
-    from arra.stages.process import leave_with_parent, started_by_demo
+    from arra.stages.evaluations import evaluate_any
+    from arra.stages.process import leave_with_parent, silent, started_by_demo
+    from arra.stages.set_options import parse_set_options
 
     leave_with_parent()
-    console = _console()
-    for run in runs:
-        with Display(console, seconds_between_lines=0.0 if started_by_demo() else None) as display:
-            evaluation = evaluate_run(
-                run,
-                threads=threads,
-                tokenizer_weights=tokenizer_weights,
-                device=device,
-                progress=display.row("evaluate"),
-            )
-        console.print(results_table(evaluation))
+    options = parse_set_options(
+        weights=weights or [],
+        inception=inception,
+        reference=reference,
+        protocol=protocol,
+        spaces=tuple(space or ()),
+        without=tuple(without or ()),
+        image_size=image_size,
+        filter=filter,
+        max_images=max_images,
+        split=split,
+        training=training,
+        training_split=training_split,
+        teachers=tuple(teacher or ()),
+        findings=findings,
+        cfg_scale=cfg_scale,
+        num_images=num_images,
+        tokenizer_weights=tokenizer_weights,
+        out=out,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
+        num_resamples=resamples,
+        seed=seed,
+    )
+    console, interval = _console(), 0.0 if started_by_demo() else None
+    for subject in subjects:
+        with Display(console, seconds_between_lines=interval) if is_first_process() else nullcontext() as display:
+            shown = evaluate_any(subject, options, progress=silent if display is None else display.row("evaluate"))
+        if is_first_process():
+            console.print(*shown, sep="\n")
 
 
 @app.command()
@@ -660,6 +733,81 @@ def probe(
 
 
 @app.command()
+def guidance(
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", help="What decides, as kid_x1000 or caption_retrieval_at_1; repeated: their mean."),
+    ] = None,
+    space: Annotated[
+        list[str] | None,
+        typer.Option("--space", help="Judge in this one too: inception, or of `arra list encoders`; may be repeated."),
+    ] = None,
+    images: Annotated[int, typer.Option("--images", min=8, help="Held-out prompts for the finalists, at most.")] = 256,
+    cfg: Annotated[str | None, typer.Option("--cfg", help="Scales, as in 1,1.5,2,3,5 (the default).")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option("--schedule", help="As in constant,cosine:2,power:2.5,constant@0.1-0.8 (power, where it is on)."),
+    ] = None,
+    temperature: Annotated[
+        str | None, typer.Option("--temperature", help="As in 0.7,1; default: the run's own and 1.")
+    ] = None,
+    top_k: Annotated[
+        str | None, typer.Option("--top-k", help="As in 0,100 (0 is off); default: the run's own.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="At most so many pictures, as 5000, or so long, as 90s, 10min, 2h.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Whose prompts; none that the run reports.")] = "validation",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the order of prompts and of the pictures.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures painted together.")] = 64,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be tried, and leave.")] = False,
+    tokenizer_weights: TokenizerWeightsOption = None,
+    threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Search guidance, its schedule, temperature and top-k on held-out prompts; the run paints with the best.
+
+    Writes sampling.json (read by generate and evaluate; delete it to paint as the recipe says), guidance.json and
+    guidance.html into the run. Run again to continue.
+
+    Example: arra guidance runs/demo/aligned --budget 10min
+
+    Example: arra guidance runs/demo/aligned --cfg 1,2,4,8 --schedule constant,cosine:2 --top-k 0,200 --dry-run
+    """
+    from arra.display import Display
+    from arra.stages.guidance import guidance as search_guidance
+    from arra.stages.guidance import summary
+    from arra.stages.guidance_options import parse_options
+
+    options = parse_options(
+        cfg=cfg,
+        schedule=schedule,
+        temperature=temperature,
+        top_k=top_k,
+        budget=budget,
+        metrics=tuple(metric or ()),
+        spaces=tuple(space or ()),
+        images=images,
+        split=split,
+        seed=seed,
+        batch_size=batch_size,
+        dry_run=dry_run,
+    )
+    console = _console()
+    with Display(console) as display:
+        found = search_guidance(
+            run,
+            options=options,
+            tokenizer_weights=tokenizer_weights,
+            threads=threads,
+            device=device,
+            progress=display.row("guidance"),
+        )
+    console.print(summary(found))
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path],
@@ -675,6 +823,32 @@ def report(
     from arra.stages.report import report as write_report
 
     typer.echo(str(write_report(runs, out, title=title)))
+
+
+@app.command()
+def compare(
+    baseline: Annotated[Path, typer.Argument(help="A: an evaluated run or set of pictures, or its metrics.json.")],
+    candidate: Annotated[Path, typer.Argument(help="B: the one that is held against it.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write a page: an .html file, or a folder for comparison.html.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+) -> None:
+    """Two evaluations side by side: every difference with its interval and how likely it is noise.
+
+    Refuses what was measured differently, and names it.
+
+    Example: arra compare runs/demo/baseline runs/demo/aligned --out comparison.html
+    """
+    from arra.stages.compare import compare_places, comparison_table
+
+    found = compare_places(baseline, candidate, out=out)
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        _console().print(comparison_table(found))
+    if found.page is not None:
+        typer.echo(str(found.page), err=as_json)
 
 
 @app.command()
@@ -823,11 +997,14 @@ def import_weights(
 
 @app.command(name="export")
 def export_weights(
-    source: Annotated[Path, typer.Argument(help="A run, or the folder of a model or a tokenizer.")],
-    out: Annotated[Path, typer.Argument(help="File to write, for hf and lumina a folder; must be new.")],
+    source: Annotated[Path, typer.Argument(help="A run, the folder of a model or a tokenizer, or painted pictures.")],
+    out: Annotated[Path, typer.Argument(help="File to write, for hf, lumina and pictures a folder; must be new.")],
     to: Annotated[
         str | None,
-        typer.Option("--to", help="hf (language models' default), lumina; llamagen (others' default), chameleon."),
+        typer.Option(
+            "--to",
+            help="hf (language models' default), lumina; llamagen (others' default), chameleon; chexgenbench.",
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -837,13 +1014,15 @@ def export_weights(
         str, typer.Option("--layout", help='train: {"model": weights}; fsdp: the weights alone (--from-fsdp).')
     ] = "train",
 ) -> None:
-    """A checkpoint that the original LlamaGen, transformers or Lumina-mGPT loads, and how.
+    """A checkpoint that the original LlamaGen, transformers or Lumina-mGPT loads, or pictures for CheXGenBench.
 
     Example: arra export runs/llamagen_c2i model.pt --to llamagen
 
     Example: arra export runs/llamagen_c2i exported --to hf
 
     Example: arra export runs/arra-adapt exported --to lumina --dtype bfloat16
+
+    Example: arra export runs/cxr/samples/test exported --to chexgenbench
     """
     from arra.stages.weights import export_weights as export_to
 
@@ -947,7 +1126,7 @@ def doctor() -> None:
 
 @app.command(name="list")
 def list_known(
-    what: Annotated[str, typer.Argument(help="encoders, tokenizers, models, recipes, sources or presets.")],
+    what: Annotated[str, typer.Argument(help="encoders, tokenizers, models, recipes, sources, presets or protocols.")],
 ) -> None:
     """Names that other commands take.
 

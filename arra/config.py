@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from arra.data.crops import CropSettings
 from arra.data.records import Source
-from arra.data.sources import AnySource, SourceKind, expand_sources, source_of
+from arra.data.sources import EMBEDDED_KINDS, AnySource, SourceKind, expand_sources, source_of
 from arra.encoders import SPECS, TEXT_SPECS, EncoderChoice, check_encoder_name
 from arra.errors import ArraError
 from arra.evaluate.settings import EvaluateSettings
@@ -42,7 +42,7 @@ class DataSection(Settings):
     """Where the pictures come from, and how they are cropped."""
 
     source: SourceKind = "openmoji"
-    """openmoji: the embedded set; auto: what `path` looks like; or a kind, as `arra list sources` tells them."""
+    """openmoji, shapes: the embedded sets; auto: what `path` looks like; or a kind, as `arra list sources` tells them."""
     path: str | None = None
     """File or folder of the source."""
     sources: tuple[AnySource, ...] | None = None
@@ -72,7 +72,7 @@ class DataSection(Settings):
                 raise ValueError("'sources' stands in place of 'source' and 'path'; give one or the other")
             if not self.sources:
                 raise ValueError("'sources' is empty; name at least one")
-        elif (self.source != "openmoji") != (self.path is not None):
+        elif (self.source in EMBEDDED_KINDS) == (self.path is not None):
             raise ValueError(f"'source: {self.source}' and 'path' go together; give both or neither")
         if self.crop.kind == "random" and self.mode == "cached":
             raise ValueError("'crop: random' is drawn anew every time; it needs 'mode: online'")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,6 +21,7 @@ from arra.errors import ArraError, FirstProcessError
 T = TypeVar("T")
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells every process it starts."""
+_JOINED = count()
 JOIN_TIMEOUT = timedelta(hours=2)
 """How long ranks wait for each other; a slower rank is named sooner by `arra.train.heartbeat`."""
 
@@ -118,7 +120,9 @@ def joined_ranks(device: torch.device, *, even_alone: bool = False) -> Iterator[
         store, rank, size = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
         # torchrun may keep its store when it starts all again, with the addresses of processes that are gone
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        told |= {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": size}
+        # a command may join more than once, and every process as often
+        prefix = f"attempt-{attempt}-{next(_JOINED)}"
+        told |= {"store": dist.PrefixStore(prefix, store), "rank": rank, "world_size": size}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         told["device_id"] = device

@@ -142,6 +142,7 @@ def known_names(what: str) -> list[str]:
         "recipes": _recipes,
         "sources": _sources,
         "presets": _presets,
+        "protocols": _protocols,
     }
     if what not in lists:
         raise ArraError(f"list: '{what}' is unknown; expected one of {', '.join(lists)}")
@@ -191,6 +192,14 @@ def _sources() -> Iterator[str]:
     from arra.data.sources import DESCRIPTIONS
 
     yield from (f"{kind}  {text}" for kind, text in DESCRIPTIONS.items())
+
+
+def _protocols() -> Iterator[str]:
+    """What `arra evaluate --protocol` takes, with the networks that each needs."""
+    from arra.evaluate.protocols import PROTOCOLS
+
+    for protocol in PROTOCOLS.values():
+        yield f"{protocol.name:<14}{protocol.use} (in {', '.join(protocol.spaces)})"
 
 
 def _presets() -> Iterator[str]:

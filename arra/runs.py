@@ -156,7 +156,7 @@ class Run:
             kept = run.manifest()
             run._refuse_difference("manifest", {key: kept.get(key) for key in given}, given)
             return run
-        facts = _environment() | dict(noted or {}) | given
+        facts = environment() | dict(noted or {}) | given
         atomic_write(run.path / "manifest.json", json.dumps(facts, indent=2) + "\n")
         atomic_write(run.recipe_path, recipe_yaml)  # last: a folder with a recipe is a run
         return run
@@ -350,7 +350,8 @@ def leave_with(parent: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Versions and commit that something is made with."""
     return {
         "python": platform.python_version(),
         "torch": _version("torch"),

@@ -46,7 +46,7 @@ def test_help_names_every_command(run_arra):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "nosuch"], "nosuch: no such file; built-in recipes: alignment_lab, arra_mimic, demo"),
+        (["train", "nosuch"], "nosuch: no such file; built-in recipes: alignment_lab, arra_mimic, coherence, demo"),
         (["train", "demo.yml"], r"demo.yml: no such file; did you mean 'demo'\?; built-in recipes"),
         (["train", "demo", "--row", "alinged"], r"demo: no row 'alinged'; did you mean 'aligned'\?; rows: baseline, "),
         (["train", "demo", "--set", "train.stps=3"], r"--set train.stps: unknown key; did you mean 'steps'\?"),

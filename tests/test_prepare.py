@@ -132,22 +132,22 @@ def num_shard_files(store: Path) -> int:
 def test_killed_and_resumed_is_the_undisturbed_store(
     tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], whole: tuple[Path, dict[str, str]]
 ) -> None:
-    """kill -9 as soon as the n-th shard file appears: between shards, between columns, before publishing."""
+    """kill -9 with a column half done and others published; wherever it falls is told of in tests/data/test_columns."""
     from arra.config import dump_recipe
 
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe_for(pictures)))
+    recipe = recipe_for(pictures)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     store = tmp_path / "store"
     command = [sys.executable, "-m", "arra", "prepare", str(tmp_path / "recipe.yaml"), "--store", str(store)]
     command += ["--workers", "1", "--batch-size", "8", "--threads", "1"]
-    for seen in (1, 9):
-        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-        while num_shard_files(store) < seen and process.poll() is None:
-            os.sched_yield()
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (store / "codes").exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "there before" in done.stdout
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    while num_shard_files(store) < 7 and process.poll() is None:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (store / "codes").exists()
+    found = prepare(recipe, store, options=INLINE)
+    assert 0 < found.already < 60
     assert tree(store) == whole[1]
 
 
@@ -276,13 +276,15 @@ def test_hostile_conversations(tmp_path: Path, recipe_for: Callable[..., Recipe]
 
 @pytest.mark.parametrize("crop", ["{kind: center}", "{kind: ten_crop, range: [1.25, 1.1]}"])
 def test_online_gives_the_numbers_of_the_store(
-    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], crop: str
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], crop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fixed crops: the same codes, and features up to the rounding of another batch size."""
+    if "center" not in crop:  # loader processes, which import torch, once
+        monkeypatch.setattr("arra.stages.training_data.default_workers", lambda: 0)
     few = shutil.copytree(pictures, tmp_path / "few")
     lines = (few / "metadata.jsonl").read_text().splitlines(keepends=True)
-    (few / "metadata.jsonl").write_text("".join(lines[:20]))
-    for line in lines[20:]:  # each costs twenty crops through the encoder, twice
+    (few / "metadata.jsonl").write_text("".join(lines[:12]))
+    for line in lines[12:]:  # each costs twenty crops through the encoder, twice
         (few / json.loads(line)["file_name"]).unlink()
     cached, online = (recipe_for(few, f"data.crop={crop}", f"data.mode={mode}") for mode in ("cached", "online"))
     tokenizer = load_tokenizer(cached.tokenizer.name)
@@ -307,8 +309,9 @@ def test_online_gives_the_numbers_of_the_store(
 
 
 def test_random_crops_are_functions_of_seed_and_step(
-    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe]
+    tmp_path: Path, pictures: Path, recipe_for: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("arra.stages.training_data.default_workers", lambda: 0)
     recipe = recipe_for(pictures, "data.crop={kind: random}", "data.mode=online", row="baseline")
     store = prepare(recipe, tmp_path / "store", options=INLINE).checked()
     tokenizer = load_tokenizer(recipe.tokenizer.name)
@@ -397,11 +400,11 @@ def test_no_loader_process_outlives_its_parent(
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe_for(pictures)))
     store = tmp_path / "store"
     command = [sys.executable, "-m", "arra", "prepare", str(tmp_path / "recipe.yaml"), "--store", str(store)]
-    process = subprocess.Popen([*command, "--workers", "2", "--batch-size", "2"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--workers", "1", "--batch-size", "2"], stdout=subprocess.DEVNULL)
     while num_shard_files(store) < 1 and process.poll() is None:
-        os.sched_yield()
+        time.sleep(0.001)
     children = children_of(process.pid)
-    assert len(children) == 2
+    assert len(children) == 1
     process.send_signal(number)
     process.wait()
     deadline = time.monotonic() + 20

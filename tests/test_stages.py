@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import signal
 from collections.abc import Callable
@@ -71,8 +72,9 @@ def test_every_stage_leaves_what_it_says(pipeline):
         rows = Run.open(run).read_metrics()
         assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 101))
         assert [row["step"] for row in rows if row["kind"] == "validation"] == [50, 100]
-        metrics = {result.metric for result in Evaluation.load(run).card.results}
-        assert {"nll", "caption_gain", "frechet", "kid_x1000", "retrieval_at_1", "psnr_db"} <= metrics
+        found = {result.metric: result.value for result in Evaluation.load(run).card.results}
+        assert {"nll", "caption_gain", "frechet", "kid_x1000", "retrieval_at_1", "psnr_db"} <= found.keys()
+        assert found["bits_per_token"] == pytest.approx(found["nll"] / math.log(2))
     first = [Run.open(run).read_metrics()[0] for run in (pipeline.baseline, pipeline.aligned)]
     assert first[0]["ntp_loss"] == first[1]["ntp_loss"]  # same weights, same pictures, same dropout
     assert first[0]["gva_loss"] is None
@@ -80,6 +82,11 @@ def test_every_stage_leaves_what_it_says(pipeline):
     page = pipeline.page.read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "red " in page
+
+
+def test_weights_for_a_tokenizer_that_has_its_own_are_refused(pipeline):
+    with pytest.raises(ArraError, match=r"^--tokenizer-weights vq.pt: the tokenizer openmoji-vq4 has its own; leave"):
+        evaluate(pipeline.baseline, tokenizer_weights=Path("vq.pt"))
 
 
 def test_repeating_every_stage_changes_nothing(pipeline, toy_copy):

@@ -3,8 +3,9 @@
 from typing import Any
 
 from arra.data.huggingface import DatasetCells, StreamedCells
-from arra.data.openmoji import openmoji_file
+from arra.data.openmoji import EMBEDDED_NAME, openmoji_file
 from arra.data.records import ImageRef, read_file
+from arra.data.shapes import read_drawing
 from arra.data.tables import ParquetCells
 
 
@@ -24,6 +25,8 @@ class ImageReader:
             return read_file(ref.path)
         if ref.kind == "slice":
             return read_file(ref.path, start=ref.place, size=ref.size)
+        if ref.kind == "embedded" and ref.path != EMBEDDED_NAME:
+            return read_drawing(ref)
         if ref.kind in ("parquet", "embedded"):
 
             def cells() -> ParquetCells:

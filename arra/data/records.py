@@ -45,14 +45,14 @@ class ImageRef:
 
     kind: Literal["file", "slice", "parquet", "dataset", "stream", "embedded"]
     """A whole file; bytes of a file (a member of a tar); a cell of a Parquet file, of a Hugging Face data set saved on
-    disk, or the item of a streamed one; a cell of the embedded set, wherever its cache lies."""
+    disk, or the item of a streamed one; a picture of an embedded set: a cell of its cache, wherever that lies, or drawn."""
     path: str
     place: int = 0
-    """First byte of a slice, row number of a cell, number of a streamed item."""
+    """First byte of a slice, row number of a cell, number of a streamed item, seed of a drawing."""
     size: int = 0
     """Bytes of a slice."""
     column: str = ""
-    """Column of a cell."""
+    """Column of a cell, caption of a drawing."""
 
     def text(self) -> str:
         """The reference as one JSON line; `parse` reads it back."""

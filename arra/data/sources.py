@@ -15,6 +15,7 @@ from arra.data.llamagen_lists import LlamaGenCodesSource, LlamaGenListSource
 from arra.data.medical import DeepEyeNetSource, MimicCxrSource
 from arra.data.openmoji import OpenMojiSource
 from arra.data.records import Source
+from arra.data.shapes import ShapesSource
 from arra.data.tables import ParquetSource, TableSource
 from arra.data.webdataset import WebDatasetSource
 from arra.errors import ArraError
@@ -32,7 +33,8 @@ AnySource = Annotated[
     | LlamaGenCodesSource
     | MimicCxrSource
     | DeepEyeNetSource
-    | OpenMojiSource,
+    | OpenMojiSource
+    | ShapesSource,
     Field(discriminator="kind"),
 ]
 SourceKind = Literal[
@@ -50,6 +52,7 @@ SourceKind = Literal[
     "llamagen-codes",
     "mimic-cxr",
     "deepeyenet",
+    "shapes",
 ]
 DESCRIPTIONS = {
     "openmoji": "the embedded set of about 4,000 named drawings",
@@ -66,7 +69,10 @@ DESCRIPTIONS = {
     "llamagen-codes": "LlamaGen's extracted codes, folders of .npy",
     "mimic-cxr": "MIMIC-CXR-JPG as published, prompts from view and impression",
     "deepeyenet": "DeepEyeNet as published, prompts from clinical descriptions",
+    "shapes": "an embedded set of drawn shapes whose captions can be read back from the pixels",
 }
+EMBEDDED_KINDS = ("openmoji", "shapes")
+"""Kinds that need no path."""
 _ADAPTER: TypeAdapter[Source] = TypeAdapter(AnySource)
 
 

@@ -315,21 +315,39 @@ def _check_preprocessor(path: Path, spec: EncoderSpec) -> None:
 
 def _network(state: dict[str, Tensor], numbers: dict[str, Any], kind: str, source: Path) -> nn.Module:
     """The network with its weights, every one in its place."""
-    import transformers
-
-    from arra.models.language_folder import BROKEN, quiet
-
     family = FAMILIES[kind]
     class_name = family.network
     if kind == "clip" and "visual_projection.weight" in state:
         class_name = "CLIPVisionModelWithProjection"
-    network_class, told = getattr(transformers, class_name), dict(numbers)
-    if kind == "vit_mae":
-        told["mask_ratio"] = 0.0
+    told = {**numbers, "mask_ratio": 0.0} if kind == "vit_mae" else numbers
+    return filled_network(class_name, family.config, numbers=told, state=state, source=source)
+
+
+def filled_network(
+    class_name: str,
+    config_name: str,
+    *,
+    numbers: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    source: Path,
+    **arguments: Any,
+) -> nn.Module:
+    """A network of `transformers` in float32, made from the numbers of its configuration and filled with a state dict.
+
+    `arguments` are the network's own.
+
+    Raises:
+        ArraError: it cannot be made, or a weight is missing, too much, or of another shape.
+    """
+    import transformers
+
+    from arra.models.language_folder import BROKEN, quiet
+
+    network_class = getattr(transformers, class_name)
     try:
-        config = getattr(transformers, family.config)(**told)
+        config = getattr(transformers, config_name)(**numbers)
         with torch.device("meta"):
-            wanted = sum(value.numel() for value in network_class(config).state_dict().values())
+            wanted = sum(value.numel() for value in network_class(config, **arguments).state_dict().values())
         held = sum(value.numel() for value in state.values())
         if wanted > 2 * held:  # before memory is taken for what the file does not hold
             raise ArraError(
@@ -339,10 +357,11 @@ def _network(state: dict[str, Tensor], numbers: dict[str, Any], kind: str, sourc
             network, info = network_class.from_pretrained(
                 None,
                 config=config,
-                state_dict=state,
+                state_dict=dict(state),
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # they are told below
                 output_loading_info=True,
+                **arguments,
             )
     except BROKEN as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]

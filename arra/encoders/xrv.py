@@ -12,11 +12,11 @@ refused. That the published files name no other follows from the library's train
 plain DenseNet); no test opens them.
 Source: mlmed/torchxrayvision 1.5.7, torchxrayvision/models.py and utils.py; scripts/train_utils.py for the files.
 
-Legend: B batch, S pixels, P patches, F feature.
+Legend: B batch, S pixels, P patches, F feature, C findings.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from arra.encoders.base import EncoderSpec, EncoderStates, VisionEncoder, at_size, require_package
 from arra.encoders.files import located, main_file, weights_hash
@@ -74,7 +74,23 @@ SHOWN = "densenet121-res224-"
 
 
 class XrvDenseNet(VisionEncoder):
-    """A DenseNet of torchxrayvision."""
+    """A DenseNet of torchxrayvision, which is a classifier too."""
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        network: nn.Module,
+        *,
+        weights_hash: str,
+        targets: Sequence[str] = (),
+        thresholds: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(spec, network, weights_hash=weights_hash)
+        self._named = [place for place, target in enumerate(targets) if target]
+        self.findings = tuple(target for target in targets if target)
+        """What the classifier was trained to see, in its order; it has unused places, which are left out."""
+        self.thresholds = thresholds
+        """Of all places: the probability that becomes 0.5; None leaves probabilities as they are."""
 
     def states_of(self, pixels: Float[Tensor, "B 3 S S"], layers: Sequence[int]) -> list[EncoderStates]:
         """See `VisionEncoder.states_of`; the mean at the end equals `features2`."""
@@ -87,6 +103,21 @@ class XrvDenseNet(VisionEncoder):
                 taken[BLOCKS.index(name) + 1] = map_states(x.clone() if name != BLOCKS[-1] else F.relu(x))
         return [*(taken[layer] for layer in layers), taken[len(BLOCKS)]]
 
+    @torch.no_grad()
+    def scores_of(self, features: Float[Tensor, "B F"]) -> Float[Tensor, "B C"]:
+        """How likely each of `findings` is, in [0, 1], told from the output `mean`.
+
+        Of published weights the library's own scores: each probability is scaled piecewise so that its operating point
+        becomes 0.5, which leaves the order of pictures, and with it every AUROC, as it is.
+        """
+        from torchxrayvision.models import op_norm
+
+        network: Any = self.network
+        scores: Tensor = network.classifier(features).sigmoid()
+        if self.thresholds is not None:
+            scores = op_norm(scores, torch.tensor(self.thresholds, dtype=scores.dtype, device=scores.device))
+        return scores[:, self._named]
+
 
 def load_xrv(
     name: str = "xrv-densenet121",
@@ -98,7 +129,8 @@ def load_xrv(
     """A DenseNet-121 of torchxrayvision from a published file, a state dict, or the name of published weights.
 
     `weights` is a path, or a name such as densenet121-res224-all, whose file is looked for where the library keeps it;
-    None is densenet121-res224-all.
+    None is densenet121-res224-all. What the classifier's places mean is told by the published file's name; in a file of
+    another name they are the library's default ones, if their number is right, and probabilities stay as they are.
 
     Raises:
         ArraError: a missing package, no file, a file with anything but such a network, or another size than 224.
@@ -118,7 +150,14 @@ def load_xrv(
         raise ArraError(f"{path}: not weights of {name}: {'; '.join(faults)}; name a file of its own")
     network.load_state_dict(kept)
     identity = weights_hash(path)
-    return XrvDenseNet(replace(spec, weights_sha256=identity), network.to(device), weights_hash=identity)
+    about = _published(path)
+    return XrvDenseNet(
+        replace(spec, weights_sha256=identity),
+        network.to(device),
+        weights_hash=identity,
+        targets=about.get("labels", DenseNet.targets if classes == len(DenseNet.targets) else ()),
+        thresholds=about.get("op_threshs"),
+    )
 
 
 def _file(name: str, weights: str) -> Path:
@@ -133,6 +172,14 @@ def _file(name: str, weights: str) -> Path:
     if not path.is_file():
         raise ArraError(f"encoder {name}: {SHOWN}{kind} is not here; fetch it: wget -P {FOLDER} {url}")
     return path
+
+
+def _published(path: Path) -> Mapping[str, Any]:
+    """What the library says of a published file of this name: `labels` and `op_threshs`; of another nothing."""
+    from torchxrayvision.models import model_urls
+
+    every = [model_urls[f"{SHOWN}{kind}"] for kind in OTHER_NAMES]
+    return next((each for each in every if each["weights_url"].rsplit("/", 1)[1] == path.name), {})
 
 
 def _state(path: Path) -> dict[str, Tensor]:

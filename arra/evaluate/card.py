@@ -1,24 +1,30 @@
-"""The evaluation card of a run: what was measured, how, and the per-picture values behind every number.
+"""The evaluation card of a run or of a set of pictures: what was measured, how, and the values behind every number.
 
-Place in the pipeline: `arra evaluate` writes `metrics.json` (the card) and `evaluation.safetensors` (the values) into a
-run folder; `evaluate/compare.py` and `report/` read them and never look at a model again.
+Place in the pipeline: `arra evaluate` writes `metrics.json` (the card) and `evaluation.safetensors` (the per-picture
+values) into a folder; `evaluate/compare.py` and `report/` read them and never look at a model or a picture again.
 
 Values are named by `values_key`: `composed/nll` (N,), `composed/caption_gain` (N,), `composed/groups` (N,) int
 (optional: pictures resampled together), `composed/cfg1/features` (N, F), `composed/cfg1/ranks` (N,) int, and the
 references `composed/reference/reconstructions`, `composed/reference/raw` (N, F). A second judge's stand beside them:
-`composed/cfg1/caption_features`, `composed/reference/caption_raw`. Letters: N pictures, F features.
+`composed/cfg1/caption_features`, `composed/reference/caption_raw`. Rows that were measured in a space of their own keep
+one number per picture, whose mean is the row's value: `test/inception.fid` (N,), `test/clip-b32.clip_score` (N,), and
+where the pictures are those of the reference `test/of_reference/inception.recall` (M,). Letters: N pictures, M
+reference pictures, F features.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,24 +39,62 @@ from arra.evaluate.distances import (
     Statistic,
     bootstrap,
 )
+from arra.evaluate.measured import Measured
 
 CARD_FILE = "metrics.json"
 VALUES_FILE = "evaluation.safetensors"
 
 Better = Literal["lower", "higher"]
 Subject = Literal["model", "tokenizer"]
+Whose = Literal["generated", "reference"]
 ProtocolValue = str | int | float | bool | None
 
 METRICS: Mapping[str, tuple[Better, str]] = {
     "nll": ("lower", "nats/token"),
+    "bits_per_token": ("lower", "bits/token"),
     "caption_gain": ("higher", "nats/token"),
     "class_gain": ("higher", "nats/token"),
     "frechet": ("lower", "feature units"),
     "kid_x1000": ("lower", "x1000"),
     "psnr_db": ("higher", "dB"),
+    "fid": ("lower", "feature units"),
+    "sfid": ("lower", "feature units"),
+    "fd": ("lower", "feature units"),
+    "fid_infinity": ("lower", "feature units"),
+    "fd_infinity": ("lower", "feature units"),
+    "cmmd": ("lower", "x1000"),
+    "inception_score": ("higher", "classes"),
+    "precision": ("higher", "fraction"),
+    "recall": ("higher", "fraction"),
+    "density": ("higher", "ratio"),
+    "coverage": ("higher", "fraction"),
+    "clip_score": ("higher", "cosine"),
+    "clip_score_x100": ("higher", "x100"),
+    "ms_ssim": ("higher", "similarity"),
+    "ms_ssim_within": ("lower", "similarity"),
+    "findings_auroc": ("higher", "AUROC"),
+    "accuracy": ("higher", "fraction"),
+    "copied": ("lower", "fraction"),
 }
-"""Which direction is better, and the unit; retrieval (`..._at_K`) is a share where higher is better, and a second
-judge's distances (`JUDGE_frechet`) are as the first one's."""
+"""Which direction is better, and the unit; retrieval (`..._at_K`) is a share where higher is better, a second judge's
+distances (`JUDGE_frechet`) are as the first one's, and a part of a measure (`findings_auroc.Effusion`) is as the whole.
+"""
+
+SIZE_BIASED = frozenset({"fid", "sfid", "fd"})
+"""Distances that grow as pictures get fewer, by an amount of order 1/N that depends on the model too."""
+NEEDS_EQUAL_NUMBERS = SIZE_BIASED | {"inception_score", "cmmd", "precision", "recall", "density", "coverage"}
+"""Measures whose expectation depends on the number of pictures; the others are means over pictures or unbiased."""
+ENOUGH_IMAGES = 5000
+"""Pictures below which a distance of `SIZE_BIASED` is marked."""
+
+ASKED = "asked_sha256"
+"""Key of `Card.about`: `asked_hash` of what the pictures were asked to show."""
+CLASS_BALANCE = "class_balance"
+"""Key of `Card.about`: how many pictures of every class there are."""
+DUPLICATES = "duplicates"
+"""Key of `Card.about`: how many pictures are exact copies of another one."""
+WARNINGS = "warnings"
+"""Key of `Card.about`: sentences about the pictures or the measuring that a reader must see first."""
 
 _SHARE: tuple[Better, str] = ("higher", "fraction")
 _RETRIEVAL = re.compile(r"(?P<judge>.+_)?retrieval_at_(?P<k>\d+)")
@@ -62,10 +106,11 @@ class Result:
     """One number of a card with its interval."""
 
     metric: str
-    """`nll`, `caption_gain`, `frechet`, `kid_x1000`, `retrieval_at_10`, `caption_frechet`, `psnr_db`, ..."""
+    """`nll`, `caption_gain`, `frechet`, `kid_x1000`, `retrieval_at_10`, `fid`, `clip_score`, `psnr_db`, ..."""
     split: str
     value: float
     num_images: int
+    """Generated pictures, also where the values behind the number are of the reference's."""
     better: Better
     unit: str
     cfg_scale: float | None = None
@@ -76,26 +121,61 @@ class Result:
     """`tokenizer` marks a ceiling: what a perfect model over this tokenizer would reach."""
     low: float | None = None
     high: float | None = None
+    space: str | None = None
+    """The network in whose vectors it was measured, where the row has one of its own: `inception`, `rad-dino`."""
+    of: Whose = "generated"
+    """Whose pictures the values behind it are; recall and coverage are shares of the reference."""
+    is_teachers: bool = False
+    """Whether the space is of the alignment teacher's family, so that a gain there may be shared taste."""
+    note: str | None = None
+    """Anything that a reader of the number must know."""
 
     @property
-    def key(self) -> tuple[str, str, float | None, str | None, str]:
+    def key(self) -> tuple[str, str, float | None, str | None, str, str | None]:
         """What makes rows of two cards the same measurement."""
-        return (self.metric, self.split, self.cfg_scale, self.reference, self.subject)
+        return (self.metric, self.split, self.cfg_scale, self.reference, self.subject, self.space)
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether it is a distance of so few pictures that it says more of their number than of them."""
+        return self.metric in SIZE_BIASED and self.num_images < ENOUGH_IMAGES
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What must stand beside the number wherever it is shown."""
+        found = [f"biased upwards: {self.num_images:,} pictures, under {ENOUGH_IMAGES:,}"] if self.is_biased else []
+        found += ["the teacher's own space"] if self.is_teachers else []
+        return (*found, *([self.note] if self.note else []))
+
+    @property
+    def values_name(self) -> str:
+        """The key under which its per-picture values are kept."""
+        name = self.metric if self.space is None else f"{self.space}.{self.metric}"
+        if self.space is not None and self.reference is not None:
+            name = f"{name}.{self.reference}"
+        name = f"of_reference/{name}" if self.of == "reference" else name
+        return values_key(name, split=self.split, cfg_scale=self.cfg_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """All results of a run under one protocol (flat settings and hashes; keys `run` and `model*` name the model)."""
+    """All results of a run, or of a set of pictures, under one protocol."""
 
     run: str
+    """The run's or the set's place."""
     protocol: Mapping[str, ProtocolValue]
+    """Flat settings and hashes, which must match for a comparison; keys `run` and `model*` name the model."""
     results: tuple[Result, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What is known of the subject and need not match: guidance, sampling, seeds, commit, class balance, duplicates,
+    teachers; plain values."""
 
     def to_json(self) -> str:
         """The card as indented JSON, keys in the order of the fields."""
         content = {
             "run": self.run,
             "protocol": dict(self.protocol),
+            "about": dict(self.about),
             "results": [dataclasses.asdict(result) for result in self.results],
         }
         return json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -110,13 +190,17 @@ class Card:
             content = json.loads(text)
         except json.JSONDecodeError as error:
             raise ArraError(f"{where}: not JSON ({error}); run `arra evaluate` again") from error
-        _require_keys(content, {"run", "protocol", "results"}, where=where)
+        required = {"run", "protocol", "results"}
+        _require_keys(content, required, where=where, allowed=required | {"about"})
         if not isinstance(content["run"], str) or not isinstance(content["protocol"], dict):
             raise ArraError(f"{where}: `run` must be text and `protocol` a mapping; run `arra evaluate` again")
         if not isinstance(content["results"], list):
             raise ArraError(f"{where}: `results` must be a list; run `arra evaluate` again")
+        about = content.get("about", {})
+        if not isinstance(about, dict):
+            raise ArraError(f"{where}: `about` must be a mapping; run `arra evaluate` again")
         results = tuple(_read_result(row, where=f"{where}: results[{i}]") for i, row in enumerate(content["results"]))
-        return cls(run=content["run"], protocol=content["protocol"], results=results)
+        return cls(run=content["run"], protocol=content["protocol"], results=results, about=about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +256,37 @@ def values_key(name: str, *, split: str, cfg_scale: float | None = None) -> str:
     return f"{split}/{name}" if cfg_scale is None else f"{split}/cfg{cfg_scale:g}/{name}"
 
 
+def asked_hash(prompts: Sequence[str] | None, labels: Sequence[int] | None) -> str | None:
+    """SHA-256 of what every picture of a set was asked to show, in order; None where nothing is known.
+
+    Two sets of one hash are compared picture by picture.
+    """
+    asked = labels if prompts is None else prompts
+    if asked is None:
+        return None
+    listed = [each if isinstance(each, str) else int(each) for each in asked]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def row_statistic(row: Result, values: Mapping[str, Tensor], *, num_components: int | None) -> Statistic:
+    """The statistic of per-picture values that a row of a card stands for.
+
+    Rows with a space are means of the values of their own name, whatever the metric: see `measure_row`.
+
+    Raises: ArraError as `values_statistic`.
+    """
+    if row.space is None and row.of == "generated":
+        return values_statistic(
+            values,
+            metric=row.metric,
+            split=row.split,
+            cfg_scale=row.cfg_scale,
+            reference=row.reference,
+            num_components=num_components,
+        )
+    return MeanStatistic(_values(values, row.values_name))
+
+
 def values_statistic(
     values: Mapping[str, Tensor],
     *,
@@ -181,7 +296,7 @@ def values_statistic(
     reference: str | None = None,
     num_components: int | None = FRECHET_COMPONENTS,
 ) -> Statistic:
-    """The statistic of per-picture values that a metric stands for.
+    """The statistic of per-picture values that a metric without a space of its own stands for.
 
     `frechet` and `kid_x1000` read features and a reference; `retrieval_at_K` reads ranks; with `JUDGE_` before them
     they read `JUDGE_features`, `reference/JUDGE_...` and `JUDGE_ranks`. Every other metric is the mean of the values of
@@ -189,16 +304,10 @@ def values_statistic(
 
     Raises: ArraError when the values it needs are missing or of unequal number.
     """
-
-    def get(key: str) -> Tensor:
-        if key not in values:
-            raise ArraError(f"no per-picture values {key}; run `arra evaluate` again")
-        return values[key]
-
     if distance := _DISTANCE.fullmatch(metric):
         judge = distance["judge"] or ""
-        features = get(values_key(f"{judge}features", split=split, cfg_scale=cfg_scale)).float()
-        references = get(values_key(f"reference/{judge}{reference}", split=split)).float()
+        features = _values(values, values_key(f"{judge}features", split=split, cfg_scale=cfg_scale)).float()
+        references = _values(values, values_key(f"reference/{judge}{reference}", split=split)).float()
         if features.shape != references.shape:
             raise ArraError(
                 f"{split}: features {tuple(features.shape)} and {reference} {tuple(references.shape)} are not of the "
@@ -208,9 +317,9 @@ def values_statistic(
             return FrechetStatistic(features, references, num_components=num_components)
         return KernelStatistic(features, references)
     if retrieval := _RETRIEVAL.fullmatch(metric):
-        ranks = get(values_key(f"{retrieval['judge'] or ''}ranks", split=split, cfg_scale=cfg_scale))
+        ranks = _values(values, values_key(f"{retrieval['judge'] or ''}ranks", split=split, cfg_scale=cfg_scale))
         return MeanStatistic((ranks < int(retrieval["k"])).float())
-    return MeanStatistic(get(values_key(metric, split=split, cfg_scale=cfg_scale)).float())
+    return MeanStatistic(_values(values, values_key(metric, split=split, cfg_scale=cfg_scale)).float())
 
 
 def measure(
@@ -233,12 +342,7 @@ def measure(
 
     Raises: ArraError as `values_statistic`, and when there are too few pictures for an interval.
     """
-    distance = _DISTANCE.fullmatch(metric)
-    known = _SHARE if _RETRIEVAL.fullmatch(metric) else METRICS.get(distance["kind"] if distance else metric)
-    if known is not None:
-        better, unit = better or known[0], known[1] if unit is None else unit
-    if better is None or unit is None:
-        raise ValueError(f"metric {metric!r} is not known: say which is `better` and its `unit`")
+    better, unit = _direction(metric, better, unit)
     statistic = values_statistic(
         values, metric=metric, split=split, cfg_scale=cfg_scale, reference=reference, num_components=num_components
     )
@@ -259,9 +363,98 @@ def measure(
     )
 
 
+def measure_row(
+    measured: Measured,
+    *,
+    metric: str,
+    split: str,
+    space: str | None = None,
+    num_images: int | None = None,
+    cfg_scale: float | None = None,
+    reference: str | None = None,
+    groups: Int[Tensor, "N"] | None = None,
+    is_teachers: bool = False,
+    note: str | None = None,
+    better: Better | None = None,
+    unit: str | None = None,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Result:
+    """A row of a card from a measured number, with its interval; `row_values` is what to keep beside the card.
+
+    `num_images` is needed where the values are of the reference's pictures; `groups` are of the generated ones. A
+    single picture has no interval.
+
+    Raises: ArraError when a value is not finite, or all pictures are of one group.
+    """
+    better, unit = _direction(metric, better, unit)
+    if measured.of == "generated":
+        num_images = len(measured.per_picture)
+    elif num_images is None:
+        raise ValueError(f"{metric}: its values are of the reference's pictures: say `num_images`")
+    low = high = None
+    if len(measured.per_picture) > 1:
+        statistic = MeanStatistic(torch.from_numpy(measured.per_picture))
+        own_groups = groups if measured.of == "generated" else None
+        interval = bootstrap(statistic, num_resamples=num_resamples, seed=seed, groups=own_groups)
+        low, high = interval.low, interval.high
+    return Result(
+        metric=metric,
+        split=split,
+        value=measured.value,
+        low=low,
+        high=high,
+        num_images=num_images,
+        better=better,
+        unit=unit,
+        cfg_scale=cfg_scale,
+        reference=reference,
+        space=space,
+        of=measured.of,
+        is_teachers=is_teachers,
+        note=note,
+    )
+
+
+def row_values(row: Result, measured: Measured) -> dict[str, Tensor]:
+    """What an `Evaluation` keeps of a row: its per-picture values, float32, under the row's own name."""
+    return {row.values_name: torch.from_numpy(measured.per_picture).float()}
+
+
+def warnings_of(card: Card) -> list[str]:
+    """What a reader of the card must be told before any number, a sentence each."""
+    found = [str(line) for line in card.about.get(WARNINGS, ())]
+    if copies := card.about.get(DUPLICATES):
+        found.append(f"{copies:,} pictures are exact copies of another one: were seeds used twice?")
+    balance = list((card.about.get(CLASS_BALANCE) or {}).values())
+    if balance and min(balance) != max(balance):
+        found.append(
+            f"Classes are unequal, {min(balance):,} to {max(balance):,} pictures per class: numbers of balanced sets "
+            "are others."
+        )
+    rows = [row for row in card.results if row.subject == "model"]
+    spaces = {row.space: row.is_teachers for row in rows if row.space is not None}
+    if spaces and all(spaces.values()):
+        found.append(
+            f"Every space of this card ({', '.join(spaces)}) is the alignment teacher's own: a gain there may be "
+            "shared taste. Measure in another space too."
+        )
+    kernels = {(row.space, row.split, row.cfg_scale) for row in rows if row.metric == "kid_x1000"}
+    biased = [row for row in rows if row.is_biased]
+    if biased:
+        fewest = min(row.num_images for row in biased)
+        found.append(
+            f"Fréchet distances of {fewest:,} pictures are biased upwards (under {ENOUGH_IMAGES:,}): compare them at "
+            "equal numbers only, and read the kernel distance (kid_x1000), which is unbiased, beside them."
+        )
+    if alone := sorted({row.space or "" for row in biased if (row.space, row.split, row.cfg_scale) not in kernels}):
+        found.append(f"No kernel distance stands beside the biased Fréchet distance in {', '.join(alone)}.")
+    return found
+
+
 def describe(row: Result) -> str:
     """The row in a few words for messages: `frechet composed cfg 1 against raw`."""
-    parts = [row.metric, row.split]
+    parts = [row.metric, row.split] if row.space is None else [row.metric, f"({row.space})", row.split]
     if row.cfg_scale is not None:
         parts.append(f"cfg {row.cfg_scale:g}")
     if row.reference is not None:
@@ -269,11 +462,29 @@ def describe(row: Result) -> str:
     return " ".join(parts)
 
 
+def _values(values: Mapping[str, Tensor], key: str) -> Tensor:
+    if key not in values:
+        raise ArraError(f"no per-picture values {key}; run `arra evaluate` again")
+    return values[key]
+
+
+def _direction(metric: str, better: Better | None, unit: str | None) -> tuple[Better, str]:
+    """Which direction is better, and the unit: as given, else as known of the metric."""
+    distance = _DISTANCE.fullmatch(metric)
+    whole = distance["kind"] if distance else metric.partition(".")[0]
+    known = _SHARE if _RETRIEVAL.fullmatch(metric) else METRICS.get(whole)
+    if known is not None:
+        better, unit = better or known[0], known[1] if unit is None else unit
+    if better is None or unit is None:
+        raise ValueError(f"metric {metric!r} is not known: say which is `better` and its `unit`")
+    return better, unit
+
+
 def _read_result(row: object, *, where: str) -> Result:
     fields = {each.name: each for each in dataclasses.fields(Result)}
     required = {name for name, each in fields.items() if each.default is dataclasses.MISSING}
     content = _require_keys(row, required, where=where, allowed=set(fields))
-    for name, choices in (("better", get_args(Better)), ("subject", get_args(Subject))):
+    for name, choices in (("better", get_args(Better)), ("subject", get_args(Subject)), ("of", get_args(Whose))):
         if content.get(name, choices[0]) not in choices:
             raise ArraError(f"{where}: {name}: {content[name]!r} is not one of {', '.join(choices)}")
     for name in ("value", "low", "high", "cfg_scale"):
@@ -286,6 +497,13 @@ def _read_result(row: object, *, where: str) -> Result:
     for name in ("metric", "split", "unit"):
         if not isinstance(content[name], str):
             raise ArraError(f"{where}: {name}: {content[name]!r} is not text; run `arra evaluate` again")
+    for name in ("reference", "space", "note"):
+        if not isinstance(content.get(name), str | None):
+            raise ArraError(f"{where}: {name}: {content[name]!r} is not text; run `arra evaluate` again")
+    if not isinstance(content.get("is_teachers", False), bool):
+        raise ArraError(f"{where}: is_teachers: {content['is_teachers']!r} is not true or false")
+    if not isinstance(content["num_images"], int) or content["num_images"] < 1:
+        raise ArraError(f"{where}: num_images: {content['num_images']!r} is not a number of pictures")
     return Result(**content)
 
 

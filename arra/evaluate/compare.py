@@ -1,22 +1,38 @@
-"""What differs between two evaluated models, on the same pictures, and what an interval allows to say about it.
+"""What differs between two evaluated models or sets of pictures, and what an interval allows to say about it.
 
 Place in the pipeline: reads two evaluations (`evaluate/card.py`); `report/` prints what comes back. Nothing in here
-knows which model is expected to win: swapping the two flips every sign and every verdict.
+knows which one is expected to win: swapping the two flips every sign and every verdict.
 
-Letters: N pictures, F features.
+Pairs. Pictures that were asked for the same thing are drawn together, so what is hard or easy about it cancels: of two
+runs always (they see the same held-out records), of two sets where both were asked for the same prompts or classes in
+the same order (`asked_hash`), of recall and coverage always (the reference is one). Sets of different pictures are
+drawn apart.
+
+Letters: N pictures, R resamples, S statistics.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from arra.errors import ArraError
-from arra.evaluate.card import Better, Evaluation, Result, describe, values_key, values_statistic
+from arra.evaluate.card import (
+    ASKED,
+    NEEDS_EQUAL_NUMBERS,
+    Better,
+    Evaluation,
+    Result,
+    describe,
+    row_statistic,
+    values_key,
+)
 from arra.evaluate.distances import (
     LEVEL,
     NUM_RESAMPLES,
@@ -29,10 +45,13 @@ from arra.evaluate.distances import (
 
 Verdict = Literal["better", "worse", "no clear difference"]
 
+SMALLEST_P = 1e-6
+"""Nothing below is told: so far out, a normal approximation from some hundred resamples says nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One measurement of both models; `difference` is candidate minus baseline, `low` and `high` its interval."""
+    """One measurement of both; `difference` is candidate minus baseline, `low` and `high` its interval."""
 
     metric: str
     split: str
@@ -47,6 +66,16 @@ class Difference:
     verdict: Verdict
     unit: str
     num_images: int
+    """Of the baseline."""
+    space: str | None = None
+    is_paired: bool = True
+    """Whether pictures of both were drawn together."""
+    p: float = 1.0
+    """Probability of a difference at least so large, either way, if it were noise: see `noise_probability`."""
+    p_corrected: float = 1.0
+    """The same after Holm, for as many rows as were compared."""
+    marks: tuple[str, ...] = ()
+    """What must stand beside the numbers, of either card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +99,7 @@ class SeedDifference:
     unit: str
     num_images: int
     per_seed: tuple[Difference, ...]
+    space: str | None = None
 
     @property
     def num_better(self) -> int:
@@ -85,28 +115,35 @@ def compare(
     level: float = LEVEL,
     seed: int = 0,
 ) -> list[Difference]:
-    """One `Difference` per model row of the cards, in their order, by a bootstrap paired over pictures.
+    """One `Difference` per model row of the cards, in their order, by a bootstrap over pictures, paired where they are.
 
-    Both models are evaluated on the same resamples, so what is hard or easy about a picture cancels. The interval tells
-    what other held-out pictures would change; another training seed is another matter, see `compare_seeds`. Where the
-    models disagree on fewer than about six pictures, the interval of a retrieval difference is too narrow.
+    Paired rows are evaluated on the same resamples, so what is hard or easy about a picture cancels. The interval tells
+    what other pictures would change; another training seed is another matter, see `compare_seeds`. Verdicts are of one
+    row alone; with many rows read `p_corrected`. Where the two disagree on fewer than about six pictures, the interval
+    of a retrieval difference is too narrow.
 
-    Raises: ArraError when the cards cannot be compared: other protocol, rows or references, or values that are missing
-    or do not give the number on the card.
+    Raises: ArraError when the cards cannot be compared: other protocol, rows, numbers of pictures or references, or
+    values that are missing or do not give the number on the card.
     """
     require_same_protocol(baseline, candidate)
     others = {row.key: row for row in candidate.card.results}
+    rows = [row for row in baseline.card.results if row.subject == "model"]
+    matched = [others[row.key] for row in rows]
+    first = [checked_statistic(row, baseline) for row in rows]
+    second = [checked_statistic(row, candidate) for row in matched]
+    same_pictures = _same_pictures(baseline, candidate)
+    paired = [
+        (same_pictures or row.of == "reference") and one.num_images == other.num_images
+        for row, one, other in zip(rows, first, second, strict=True)
+    ]
+    seeds = [seed] * len(rows), [seed if is_paired else seed + 1 for is_paired in paired]
+    drawn_first = _resampled(rows, first, baseline, num_resamples=num_resamples, seeds=seeds[0])
+    drawn_second = _resampled(matched, second, candidate, num_resamples=num_resamples, seeds=seeds[1])
     differences = []
-    for row in baseline.card.results:
-        if row.subject != "model":
-            continue
-        other = others[row.key]
-        first, second = checked_statistic(row, baseline), checked_statistic(other, candidate)
-        groups = baseline.values.get(values_key("groups", split=row.split))
-        draws = draw_counts(row.num_images, num_resamples=num_resamples, seed=seed, groups=groups)
-        resampled = np.array([second(counts) - first(counts) for counts in draws])
-        center = not isinstance(first, MeanStatistic)
-        interval = percentile_interval(other.value - row.value, resampled, center=center, level=level)
+    for place, (row, other) in enumerate(zip(rows, matched, strict=True)):
+        gaps = drawn_second[:, place] - drawn_first[:, place]
+        center = not isinstance(first[place], MeanStatistic)
+        interval = percentile_interval(other.value - row.value, gaps, center=center, level=level)
         differences.append(
             Difference(
                 metric=row.metric,
@@ -122,9 +159,14 @@ def compare(
                 verdict=decide(interval, better=row.better),
                 unit=row.unit,
                 num_images=row.num_images,
+                space=row.space,
+                is_paired=paired[place],
+                p=noise_probability(interval.value, gaps),
+                marks=tuple(dict.fromkeys((*row.marks, *other.marks))),
             )
         )
-    return differences
+    corrected = holm([one.p for one in differences])
+    return [replace(one, p_corrected=p) for one, p in zip(differences, corrected, strict=True)]
 
 
 def compare_seeds(
@@ -155,6 +197,32 @@ def decide(interval: Interval, *, better: Better) -> Verdict:
     if interval.low <= 0 <= interval.high:
         return "no clear difference"
     return "better" if (interval.high < 0) == (better == "lower") else "worse"
+
+
+def noise_probability(difference: float, resampled: Float[np.ndarray, "R"]) -> float:
+    """The two-sided p-value of a difference, from its spread over resamples: 2 P(Z > |difference| / spread), Z normal.
+
+    Not a count of resamples beyond zero: that is never below 1 / (R + 1), too coarse to correct for many rows. It is at
+    least `SMALLEST_P`, and 1 where both are the same on every resample.
+    """
+    if difference == 0:
+        return 1.0
+    spread = float(resampled.std(ddof=1))
+    tail = NormalDist().cdf(-abs(difference) / spread) if spread > 0 else 0.0
+    return max(2 * tail, SMALLEST_P)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number: none is smaller than before, and their order stays.
+
+    Source: Holm 1979, the step-down correction; it needs no independence.
+    """
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = highest
+    return corrected
 
 
 def student_t_quantile(level: float, *, degrees: int) -> float:
@@ -190,28 +258,53 @@ def checked_statistic(row: Result, evaluation: Evaluation) -> Statistic:
     """
     where = f"{evaluation.card.run}: {describe(row)}"
     try:
-        statistic = values_statistic(
-            evaluation.values,
-            metric=row.metric,
-            split=row.split,
-            cfg_scale=row.cfg_scale,
-            reference=row.reference,
-            num_components=evaluation.num_components,
-        )
+        statistic = row_statistic(row, evaluation.values, num_components=evaluation.num_components)
     except ArraError as error:
         raise ArraError(f"{where}: {error}") from error
-    if statistic.num_images != row.num_images:
+    if row.of == "generated" and statistic.num_images != row.num_images:
         raise ArraError(
             f"{where}: the card says {row.num_images} pictures, its values have {statistic.num_images}; "
             "run `arra evaluate` again"
         )
-    recomputed = statistic(np.ones(row.num_images))
+    recomputed = statistic(np.ones(statistic.num_images))
     # Values are stored as float32, so the number comes back to about 1e-5 of its size; anything more is a mix-up.
     if not math.isclose(recomputed, row.value, rel_tol=1e-3, abs_tol=1e-3):
         raise ArraError(
             f"{where}: the card says {row.value:.6g}, its values {recomputed:.6g}; run `arra evaluate` again"
         )
     return statistic
+
+
+def _same_pictures(baseline: Evaluation, candidate: Evaluation) -> bool:
+    """Whether picture i of both was asked for the same thing; cards of runs, which do not say, always were."""
+    first, second = (each.card.about for each in (baseline, candidate))
+    if ASKED not in first and ASKED not in second:
+        return True
+    return first.get(ASKED) is not None and first.get(ASKED) == second.get(ASKED)
+
+
+def _resampled(
+    rows: Sequence[Result],
+    statistics: Sequence[Statistic],
+    evaluation: Evaluation,
+    *,
+    num_resamples: int,
+    seeds: Sequence[int],
+) -> Float[np.ndarray, "R S"]:
+    """Every statistic on its resamples. Those of the same pictures share their draws: drawing costs the most."""
+    drawn = np.empty((num_resamples, len(rows)))
+    sharing: dict[tuple[int, str | None, int], list[int]] = {}
+    for place, (row, statistic) in enumerate(zip(rows, statistics, strict=True)):
+        groups_name = values_key("groups", split=row.split)
+        has_groups = row.of == "generated" and groups_name in evaluation.values
+        key = (statistic.num_images, groups_name if has_groups else None, seeds[place])
+        sharing.setdefault(key, []).append(place)
+    for (num_images, shared_groups, seed), places in sharing.items():
+        groups = None if shared_groups is None else evaluation.values[shared_groups]
+        draws = draw_counts(num_images, num_resamples=num_resamples, seed=seed, groups=groups)
+        for resample, counts in enumerate(draws):
+            drawn[resample, places] = [statistics[place](counts) for place in places]
+    return drawn
 
 
 def _over_seeds(per_seed: tuple[Difference, ...], *, level: float) -> SeedDifference:
@@ -239,11 +332,12 @@ def _over_seeds(per_seed: tuple[Difference, ...], *, level: float) -> SeedDiffer
         unit=first.unit,
         num_images=first.num_images,
         per_seed=per_seed,
+        space=first.space,
     )
 
 
-def _row_of(one: Difference) -> tuple[str, str, float | None, str | None]:
-    return (one.metric, one.split, one.cfg_scale, one.reference)
+def _row_of(one: Difference) -> tuple[str, str, float | None, str | None, str | None]:
+    return (one.metric, one.split, one.cfg_scale, one.reference, one.space)
 
 
 def _names_model(key: str) -> bool:
@@ -273,13 +367,17 @@ def require_same_protocol(baseline: Evaluation, candidate: Evaluation) -> None:
         describe(row) for key, row in (rows[0] | rows[1]).items() if (key in rows[0]) != (key in rows[1])
     ):
         raise ArraError(f"{between}: only one of them has {', '.join(unmatched)}; evaluate both again")
+    is_of_sets = ASKED in first.about or ASKED in second.about
     for key, row in rows[0].items():
         other = rows[1][key]
-        if (row.num_images, row.better) != (other.num_images, other.better):
+        may_differ = is_of_sets and row.metric not in NEEDS_EQUAL_NUMBERS
+        if (row.num_images != other.num_images and not may_differ) or row.better != other.better:
             raise ArraError(
                 f"{between}: {describe(row)} covers {row.num_images} ({row.better} is better) and {other.num_images} "
-                f"pictures ({other.better} is better); evaluate both again"
+                f"pictures ({other.better} is better); evaluate both again, on equally many"
             )
+    if not _same_pictures(baseline, candidate):
+        return
     for name in sorted(baseline.values.keys() & candidate.values.keys()):
         is_shared = "/reference/" in name or name.endswith("/groups")
         if is_shared and not torch.equal(baseline.values[name], candidate.values[name]):

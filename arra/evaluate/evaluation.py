@@ -87,7 +87,9 @@ def evaluate_model(
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
-        values |= _split_values(split, caption_judge) | {values_key("nll", split=split.name): found.nll}
+        values |= _split_values(split, caption_judge)
+        values[values_key("nll", split=split.name)] = found.nll
+        values[values_key("bits_per_token", split=split.name)] = found.bits_per_token
         if found.gain is not None:
             kind = "caption_gain" if split.labels is None else "class_gain"
             values[values_key(kind, split=split.name)] = found.gain
@@ -194,8 +196,7 @@ def model_rows(values: Mapping[str, Tensor], split: str, settings: EvaluateSetti
     def row(metric: str, cfg_scale: float | None = None, reference: str | None = None) -> Result:
         return _measured(values, settings, metric=metric, split=split, cfg_scale=cfg_scale, reference=reference)
 
-    yield row("nll")
-    for metric in ("caption_gain", "class_gain"):
+    for metric in ("nll", "bits_per_token", "caption_gain", "class_gain"):
         if values_key(metric, split=split) in values:
             yield row(metric)
     for scale in settings.cfg_scales:

@@ -25,7 +25,7 @@ from jaxtyping import Float
 
 from arra.errors import ArraError
 from arra.evaluate.card import Better, Evaluation, Result, values_key
-from arra.evaluate.compare import checked_statistic, require_same_protocol, student_t_quantile
+from arra.evaluate.compare import checked_statistic, holm, require_same_protocol, student_t_quantile
 from arra.evaluate.distances import LEVEL, NUM_RESAMPLES, draw_counts
 
 Space = Literal["no judge", "independent", "teacher's family", "other encoder"]
@@ -161,19 +161,6 @@ def half_width(*, level: float, seed_error: float | None, num_seeds: int, pictur
     if picture_error:
         squares += (NormalDist().inv_cdf((1 + level) / 2) * picture_error) ** 2
     return math.sqrt(squares)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number: none is smaller than before, and their order stays.
-
-    Source: Holm 1979, the step-down correction; it needs no independence.
-    """
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
-    corrected, highest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        corrected[place] = highest
-    return corrected
 
 
 def _measure_of(result: Result, judge_is_related: bool) -> Measure:

@@ -1,8 +1,9 @@
 """What needs no judge: how well a model predicts held-out codes, and how much of that it owes to its condition.
 
-Legend: N pictures, P image positions.
+Legend: N pictures, P image positions, K codes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,14 @@ class Likelihoods:
     nll: Float[Tensor, " N"]
     gain: Float[Tensor, " N"] | None
     """NLL under another picture's condition minus NLL under its own: what the right one is worth."""
+
+    @property
+    def bits_per_token(self) -> Float[Tensor, " N"]:
+        """The NLL in bits per code: what an arithmetic coder with this model would spend, log2 K if it knows nothing.
+
+        Of codes alone: the condition, and tokens that a layout writes between them, cost nothing.
+        """
+        return self.nll / math.log(2)
 
 
 @torch.no_grad()
@@ -66,11 +75,14 @@ def wrong_places(count: int, labels: Int[Tensor, " N"] | None, *, seed: int) -> 
 def nll_per_picture(
     model: Painter, codes: Int[Tensor, "N P"], asked: Asked, *, places: Sequence[int], batch_size: int = 64
 ) -> Float[Tensor, " N"]:
-    """Mean negative log-likelihood of each picture's codes under the conditions of `places`, nats per code."""
+    """Mean negative log-likelihood of each picture's codes under the conditions of `places`, nats per code.
+
+    Among the codes alone, also where a model's vocabulary holds words too; in float32, whatever the model computes in.
+    """
     parts = []
     for start in range(0, len(codes), batch_size):
         part = codes[start : start + batch_size].to(model.device)
         logits = model.logits(part, **asked(places[start : start + batch_size]))
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part.flatten(), reduction="none")
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), part.flatten(), reduction="none")
         parts.append(losses.view(part.shape).double().mean(1).float().cpu())
     return torch.cat(parts)

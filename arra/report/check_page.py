@@ -73,12 +73,12 @@ def check_page(sections: Sequence[Section], *, title: str, verdict: str, attribu
         verdict=verdict,
         problems=ranked(sections),
         sections=sections,
-        shown=_shown,
+        shown=shown_picture,
         attribution=attribution,
     )
 
 
-def _shown(picture: UInt8[np.ndarray, "H W 3"]) -> dict[str, Any]:
+def shown_picture(picture: UInt8[np.ndarray, "H W 3"]) -> dict[str, Any]:
     """Address, width and height of a picture for the page."""
     image = Image.fromarray(np.ascontiguousarray(picture))
     image.thumbnail((2 * SHOWN_SIDE, 2 * SHOWN_SIDE))

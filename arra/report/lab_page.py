@@ -14,7 +14,8 @@ from PIL import Image
 from arra.evaluate.lab import Estimate, Measure, MeasureTable, RowEstimate
 from arra.report import plots
 from arra.report.grids import data_url
-from arra.report.page import glossary, metric_name, number_text
+from arra.report.measure_words import measure_name
+from arra.report.page import glossary, number_text
 from arra.report.style import ACCENTS, format_seconds, styled_page
 from arra.runs import atomic_write
 
@@ -175,7 +176,7 @@ def interval_meaning(num_seeds: int) -> str:
 
 def measure_title(measure: Measure, *, split: bool = True) -> str:
     """A measure in a few words: `Fréchet distance to reconstructions, guidance 2 (composed, 166 pictures)`."""
-    name = metric_name(measure.metric)
+    name = measure_name(measure.metric)
     name += f" to {measure.reference}" if measure.reference else ""
     if measure.cfg_scale is not None:
         name += ", no guidance" if measure.cfg_scale == 1 else f", guidance {measure.cfg_scale:g}"

@@ -21,8 +21,9 @@ from arra.errors import ArraError
 from arra.evaluate.card import Card, Result
 from arra.evaluate.compare import Difference, SeedDifference
 from arra.report import grids, plots
+from arra.report.measure_words import MEASURES, measure_name
 from arra.report.run_page import WATCHED, last_watched
-from arra.report.style import ACCENTS, format_seconds, template
+from arra.report.style import ACCENTS, format_seconds, interval_bar, template
 
 REPORT_FILE = "report.html"
 
@@ -33,61 +34,6 @@ NOTE_SAME_FAMILY = (
 )
 """For callers whose judge and teacher are relatives."""
 
-_METRICS: dict[str, tuple[str, str]] = {
-    "nll": ("NLL", "Negative log-likelihood of the held-out picture's codes given its caption. Lower is better."),
-    "validation_nll": (
-        "Validation NLL",
-        "Negative log-likelihood of the validation pictures' codes given their captions, after training. Lower is "
-        "better.",
-    ),
-    "caption_gain": (
-        "Caption gain",
-        "How much worse the codes are predicted with another picture's caption. Higher: the model reads its caption.",
-    ),
-    "class_gain": (
-        "Class gain",
-        "How much worse the codes are predicted with another class. Higher: the model heeds its class.",
-    ),
-    "frechet": (
-        "Fréchet distance",
-        "Distance between Gaussians fitted to the features of generated and of reference pictures. Lower is better.",
-    ),
-    "kid_x1000": (
-        "Kernel distance",
-        "Unbiased kernel distance (KID, x1000) between the same features; chance can push it below 0. Lower is better.",
-    ),
-    "caption_frechet": (
-        "Fréchet distance, caption judge",
-        "The same distance in the caption judge's picture space, which no photograph and no other encoder has shaped. "
-        "Lower is better.",
-    ),
-    "caption_kid_x1000": (
-        "Kernel distance, caption judge",
-        "The same kernel distance in the caption judge's picture space. Lower is better.",
-    ),
-    "retrieval_at_1": (
-        "Retrieval, nearest",
-        "Share of generated pictures whose nearest reference is the one of their own caption. Higher is better.",
-    ),
-    "retrieval_at_10": (
-        "Retrieval, top ten",
-        "Share of generated pictures whose own reference is among the ten nearest. Higher is better.",
-    ),
-    "caption_retrieval_at_1": (
-        "Caption retrieval, first",
-        "Share of generated pictures of which the caption judge ranks their own caption first. Higher is better.",
-    ),
-    "caption_retrieval_at_10": (
-        "Caption retrieval, top ten",
-        "Share of generated pictures whose own caption the caption judge ranks among the first ten: a small encoder of "
-        "captions and pictures trained from nothing on the training split alone. Higher is better.",
-    ),
-    "class_retrieval_at_1": (
-        "Class retrieval, first",
-        "Share of generated pictures that are nearest to the mean of their own class's references. Higher is better.",
-    ),
-    "psnr_db": ("PSNR", "Likeness of a picture to itself after the tokenizer, in decibels. Higher is better."),
-}
 _SPLITS = {
     "composed": "Every word was seen in training, this combination was not.",
     "novel": "The concept itself was not seen in training.",
@@ -292,13 +238,13 @@ def equal_budgets(runs: Sequence[RunView]) -> list[Budget]:
 def _lead(one: Difference | SeedDifference, comparison: Comparison) -> str:
     values = f"{_shown(one.candidate, one)} against {_shown(one.baseline, one)}"
     return (
-        f"On {one.split} captions the {comparison.candidate} model's {metric_name(one.metric)} is {values} "
+        f"On {one.split} captions the {comparison.candidate} model's {measure_name(one.metric)} is {values} "
         f"(difference {_shown(one.difference, one)}, {_interval_words(one)}): {one.verdict}."
     )
 
 
 def _short(one: Difference | SeedDifference) -> str:
-    name = f"{metric_name(one.metric)} {_aim(one)}".strip()
+    name = f"{measure_name(one.metric)} {_aim(one)}".strip()
     return f"{name}: {_shown(one.candidate, one)} against {_shown(one.baseline, one)}, {one.verdict}."
 
 
@@ -348,11 +294,6 @@ def _signed(text: str) -> str:
     return text.lstrip("-") if is_zero else text.replace("-", "−")
 
 
-def metric_name(metric: str) -> str:
-    """What a person calls a metric of a card."""
-    return _METRICS[metric][0] if metric in _METRICS else metric.replace("_", " ")
-
-
 def _unit_words(unit: str) -> str:
     """The unit where a reader needs it: the percent sign is at the number, feature units have no name."""
     return {"fraction": "", "nats/token": "nats per token"}.get(unit, "" if "feature" in unit else unit)
@@ -394,7 +335,7 @@ def _table_row(
             for run in runs
             if run.label == label and run.card is not None
             for row in run.card.results
-            if row.key == (one.metric, one.split, one.cfg_scale, one.reference, "model")
+            if row.key == (one.metric, one.split, one.cfg_scale, one.reference, "model", one.space)
         ]
         mean = float(np.mean([row.value for row in found])) if found else None
         value = {comparison.baseline: one.baseline, comparison.candidate: one.candidate}.get(label, mean)
@@ -406,7 +347,7 @@ def _table_row(
     over_seeds = f"better in {one.num_better} of {len(one.per_seed)} seeds" if isinstance(one, SeedDifference) else ""
     interval_text = "no interval" if one.low is None or one.high is None else _range(one.low, one.high, one)
     return {
-        "name": metric_name(one.metric),
+        "name": measure_name(one.metric),
         "aim": _aim(one),
         "guidance": _guidance(one.cfg_scale),
         "unit": _unit_words(one.unit),
@@ -416,18 +357,8 @@ def _table_row(
         "over_seeds": over_seeds,
         "verdict": one.verdict,
         "winner": {"better": comparison.candidate, "worse": comparison.baseline}.get(one.verdict),
-        "bar": _bar(one),
+        "bar": interval_bar(one.low, one.difference, one.high, better=one.better),
     }
-
-
-def _bar(one: Difference | SeedDifference) -> dict[str, float] | None:
-    """Positions in 0..100 of the interval and its value about the zero in the middle; right favours the candidate."""
-    if one.low is None or one.high is None:
-        return None
-    extent = max(abs(one.low), abs(one.high), abs(one.difference)) * 1.08
-    side = -1.0 if one.better == "lower" else 1.0
-    places = [50 + 50 * side * value / extent if extent > 0 else 50.0 for value in (one.low, one.difference, one.high)]
-    return {"left": round(min(places), 2), "at": round(places[1], 2), "right": round(max(places), 2)}
 
 
 def _ceiling_of(runs: Sequence[RunView]) -> list[Result]:
@@ -441,7 +372,7 @@ def _ceiling_row(row: Result) -> dict[str, str]:
         low, high = (number_text(end, unit=row.unit, scale=abs(row.value)) for end in (row.low, row.high))
         interval = f"{low} to {high}"
     return {
-        "name": metric_name(row.metric),
+        "name": measure_name(row.metric),
         "aim": _aim(row),
         "split": row.split,
         "value": number_text(row.value, unit=row.unit),
@@ -454,7 +385,7 @@ def _ceiling_row(row: Result) -> dict[str, str]:
 def glossary(metrics: Sequence[str], ceiling: Sequence[Result] = ()) -> list[tuple[str, str]]:
     """Names of metrics, each once, and what they mean."""
     names = dict.fromkeys([*metrics, *(row.metric for row in ceiling)])
-    return [_METRICS[name] for name in names if name in _METRICS]
+    return [MEASURES[name] for name in names if name in MEASURES]
 
 
 def _curve_images(runs: Sequence[RunView], colors: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -25,6 +25,16 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def interval_bar(low: float | None, value: float, high: float | None, *, better: str) -> dict[str, float] | None:
+    """Positions in 0..100 of a difference and its interval about zero in the middle; right favours the candidate."""
+    if low is None or high is None:
+        return None
+    extent = max(abs(low), abs(high), abs(value)) * 1.08
+    side = -1.0 if better == "lower" else 1.0
+    places = [50 + 50 * side * each / extent if extent > 0 else 50.0 for each in (low, value, high)]
+    return {"left": round(min(places), 2), "at": round(places[1], 2), "right": round(max(places), 2)}
+
+
 def styled_page(
     template: str, *, labels: Sequence[str] = (), colors: Mapping[str, str] | None = None, **values: Any
 ) -> str:

@@ -16,7 +16,8 @@ from arra.data.records import Failure
 from arra.data.store import Store
 from arra.encoders import EncoderChoice, Output, open_encoder
 from arra.errors import ArraError
-from arra.evaluate.reconstruction import Inception, Reconstruction, ReconstructionMeter
+from arra.evaluate.reconstruction import Reconstruction, ReconstructionMeter
+from arra.evaluate.sets import Space
 from arra.stages.squares import center_loads, spaced
 from arra.tokenizers import ImageTokenizer
 from arra.train.perceptual import PerceptualDistance
@@ -77,7 +78,7 @@ def judge_tokenizer(
     device: torch.device,
     grey16: Grey16 = "full",
     perceptual: PerceptualDistance | None = None,
-    inception: Inception | None = None,
+    inception: Space | None = None,
     workers: int | None = None,
     num_samples: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,

@@ -16,6 +16,7 @@ from arra.errors import ArraError
 from arra.models import CausalLM, Painter, load_model
 from arra.models.chameleon import is_chameleon
 from arra.runs import Run
+from arra.sample.chosen import read_chosen
 from arra.sample.logits import SamplingSettings
 from arra.sample.presets import own_sampling
 from arra.stages.language import is_hugging_face
@@ -68,9 +69,6 @@ def load_painter(folder: Path, *, tokenizer: str | None = None, tokenizer_weight
     if not any((folder / name).is_file() for name in ("recipe.yaml", "model.json")):
         _refuse_raw(folder)
     if (folder / "recipe.yaml").is_file() or not (folder / "model.json").is_file():
-        if tokenizer_weights is not None and tokenizer is None:
-            inside = folder / "tokenizer"
-            _refuse_unused(str(inside) if inside.is_dir() else _trained_with(folder), tokenizer_weights)
         return load_run(folder, tokenizer=tokenizer, tokenizer_weights=tokenizer_weights)
     model = load_model(folder)
     codes_of = model.about.get("codes_of")
@@ -88,14 +86,9 @@ def load_painter(folder: Path, *, tokenizer: str | None = None, tokenizer_weight
     return LoadedDecoder(folder, model, own, own_sampling(model), None)
 
 
-def _trained_with(folder: Path) -> str:
-    """The name of a run's tokenizer; empty where it does not say."""
-    return str(Run.open(folder).manifest().get("tokenizer", ""))
-
-
 def _refuse_unused(name: str, weights: Path) -> None:
     """Nothing; weights are given for a tokenizer that takes some."""
-    if name and name not in (*PUBLISHED, *ANY_SIZE):
+    if name not in (*PUBLISHED, *ANY_SIZE):
         raise ArraError(f"--tokenizer-weights {weights}: the tokenizer {name} has its own; leave the option out")
 
 
@@ -120,7 +113,7 @@ def load_run(folder: Path, *, tokenizer: str | None = None, tokenizer_weights: P
     """Model, tokenizer and recipe of a finished run.
 
     Raises:
-        ArraError: no run, an unfinished run, or a missing tokenizer.
+        ArraError: no run, an unfinished run, a missing tokenizer, or weights for one that has its own.
     """
     run = Run.open(folder)
     recipe = parse_recipe(run.recipe_yaml(), Recipe, source=str(run.recipe_path))
@@ -147,12 +140,15 @@ def load_run(folder: Path, *, tokenizer: str | None = None, tokenizer_weights: P
     if own is None:
         assert tokenizer is not None
         own = _given_tokenizer(model, tokenizer, tokenizer_weights, codes_of=manifest.get("codes_of"))
-    return LoadedRun(folder, model, own, recipe.sample, recipe.text_encoder, run, recipe, store)
+    sampling = read_chosen(folder, steps=recipe.train.steps) or recipe.sample
+    return LoadedRun(folder, model, own, sampling, recipe.text_encoder, run, recipe, store)
 
 
 def _own_tokenizer(folder: Path, recipe: Recipe, manifest: dict[str, Any], weights: Path | None) -> ImageTokenizer:
     """The tokenizer that a run was trained with."""
     inside, name, expected = folder / "tokenizer", manifest["tokenizer"], manifest["tokenizer_sha256"]
+    if weights is not None:
+        _refuse_unused(str(inside) if inside.is_dir() else name, weights)
     file = weights or recipe.tokenizer.weights
     if not inside.is_dir() and name in PUBLISHED and file is None:
         raise ArraError(f"{folder}: trained on codes of {name}; give its weights: --tokenizer-weights FILE")

@@ -26,7 +26,7 @@ from arra.distributed import choose_device
 from arra.encoders import EncoderChoice, check_encoder_name
 from arra.errors import ArraError
 from arra.evaluate.distances import Interval
-from arra.evaluate.reconstruction import load_inception
+from arra.evaluate.spaces import load_inception
 from arra.report.grids import GridColumn, png_bytes, sample_grid
 from arra.runs import atomic_write, writing
 from arra.stages.check import recipe_of
@@ -248,26 +248,28 @@ def reconstruction_table(found: Reconstructed) -> Table:
     table = Table(
         title=escape(f"{found.tokenizer} on {about['data']}"), title_justify="left", box=None, padding=(0, 2, 0, 0)
     )
-    for column in ("", "value", "95 % interval or note"):
+    for column in ("", "value", "95 % interval; note"):
         table.add_column(column, justify="right" if column == "value" else "left", overflow="fold")
     broken = f"; {about['pictures_broken']} broken ones left out: {FAILURES_FILE}" if about["pictures_broken"] else ""
     chosen = f"{r.num_images:,} of {about['pictures_found']:,}" if r.num_images < about["pictures_found"] else "all"
     table.add_row("pictures", f"{r.num_images:,}", f"{chosen}, middle squares of {about['image_size']} pixels{broken}")
-    for name, label, digits in (("psnr_db", "PSNR, dB", 2), ("ssim", "SSIM", 4), ("lpips", "LPIPS (VGG)", 4)):
+    biased = "; biased upwards by few pictures, compare at equal numbers" if r.is_biased else ""
+    axes = f"in {r.frechet_components} axes of {r.frechet_features}'s features, no FID{biased}"
+    inception = f"reference: these pictures, not a training set's statistics{biased}"
+    for name, label, digits, note in (
+        ("psnr_db", "PSNR, dB", ".2f", "mean over pictures, 8-bit pixels"),
+        ("ssim", "SSIM", ".4f", "Gaussian window, data range 1"),
+        ("ssim_llamagen", "SSIM, LlamaGen's", ".4f", "flat window, data range 2: higher, as its paper's"),
+        ("lpips", "LPIPS (VGG)", ".4f", ""),
+        ("frechet", "Fréchet distance", ".4g", axes),
+        ("rfid", "rFID (Inception)", ".3f", inception),
+    ):
         interval: Interval | None = getattr(r, name)
         if interval is None:
             table.add_row(label, "-", f"not measured: {r.not_measured[name]}")
         else:
-            table.add_row(
-                label, f"{interval.value:.{digits}f}", f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
-            )
-    biased = "; biased upwards by few pictures, compare at equal numbers" if r.is_biased else ""
-    note = f"in {r.frechet_components} axes of {r.frechet_features}'s features, no FID{biased}"
-    table.add_row("Fréchet distance", f"{r.frechet:.4g}", note)
-    if r.rfid is None:
-        table.add_row("rFID (Inception)", "-", f"not measured: {r.not_measured['rfid']}")
-    else:
-        table.add_row("rFID (Inception)", f"{r.rfid:.3f}", f"all 2048 features{biased}")
+            ends = f"{interval.low:{digits}} to {interval.high:{digits}}"
+            table.add_row(label, f"{interval.value:{digits}}", f"{ends}{note and '; '}{note}")
     table.add_row(
         "codebook in use", f"{100 * r.code_use:.1f} %", f"of {r.num_codes:,} codes, {r.num_codes_seen:,} seen"
     )

@@ -17,6 +17,7 @@ from arra.models.fitting import Fitting, name_keys
 from arra.models.llamagen import SIZES, launch_hint, original_state, size_name, told_settings
 from arra.models.weights import Entry, Weights, read_weights
 from arra.runs import atomic_file, atomic_write, file_hash
+from arra.stages.chexgenbench import export_set
 from arra.stages.decoder_weights import decoder_hint, export_decoder
 from arra.stages.language_weights import (
     export_language_model,
@@ -24,6 +25,7 @@ from arra.stages.language_weights import (
     is_language_model,
     reader_hint,
 )
+from arra.stages.picture_sets import open_set
 from arra.tokenizers.chameleon import original_vqgan_state, original_vqgan_yaml
 from arra.tokenizers.image import WEIGHTS_FILE, load_tokenizer, open_vq_weights
 from arra.tokenizers.weights import original_vq_state, vq_launch_hint
@@ -208,7 +210,8 @@ def export_weights(
     folder: Path, out: Path, *, to: str | None = None, dtype: str | None = None, layout: str = "train"
 ) -> Done:
     """What others' code loads, and how: `transformers` ("hf", the default for a language model), LlamaGen's scripts
-    ("llamagen", the default for others), Lumina-mGPT's, of a language model ("lumina") or its tokenizer ("chameleon").
+    ("llamagen", the default for others), Lumina-mGPT's, of a language model ("lumina") or its tokenizer ("chameleon");
+    of painted pictures CheXGenBench's scripts ("chexgenbench").
 
     Layout "train" is {"model": state dict}, "fsdp" the bare state dict (LlamaGen alone). Without a dtype folders for
     `transformers` and Lumina-mGPT keep the model's own, other files are float32.
@@ -218,6 +221,9 @@ def export_weights(
     """
     if not folder.is_dir():
         raise ArraError(f"{folder}: no such folder; expected a run, or a folder of a decoder or a tokenizer")
+    if to == "chexgenbench":
+        painted = export_set(open_set(folder), out)
+        return Done(out, painted.rows, painted.hint)
     if is_language_model(folder):
         if layout != "train":
             raise ArraError(f"--layout {layout}: of LlamaGen's checkpoints, {folder} is a language model; leave it out")

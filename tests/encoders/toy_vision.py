@@ -203,3 +203,22 @@ TOYS = {
         Toy("medsam-wanglab", _sam, _sam_outputs, _padded()),
     )
 }  # fmt: skip
+
+
+def toy_clip_folder(folder: Path) -> Any:
+    """A whole CLIP of toy size, which the folder now holds with a tokenizer of letters and a few words."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "th", "the</w>", "re", "red</w>", "<|startoftext|>"]
+    vocabulary = {word: place for place, word in enumerate([*words, "<|endoftext|>"])}
+    home.CLIPTokenizer(
+        vocab=vocabulary, merges=[("t", "h"), ("th", "e</w>"), ("r", "e"), ("re", "d</w>")]
+    ).save_pretrained(folder)
+    end = vocabulary["<|endoftext|>"]
+    text = {
+        **MLP, "vocab_size": len(vocabulary), "max_position_embeddings": 12, "projection_dim": 20,
+        "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end,
+    }  # fmt: skip
+    vision = {**GRID, "projection_dim": 20}
+    network: Any = shaken(home.CLIPModel(home.CLIPConfig(vision_config=vision, text_config=text, projection_dim=20)))
+    network.save_pretrained(folder)
+    return network

@@ -37,6 +37,10 @@ def test_json_has_the_keys_that_other_tools_read() -> None:
             "num_images",
             "better",
             "unit",
+            "space",
+            "of",
+            "is_teachers",
+            "note",
         )
     }
 

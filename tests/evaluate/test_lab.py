@@ -9,9 +9,9 @@ import torch
 
 from arra.errors import ArraError
 from arra.evaluate.card import Card, Evaluation, ProtocolValue, measure, values_key
-from arra.evaluate.compare import compare_seeds
+from arra.evaluate.compare import compare_seeds, holm
 from arra.evaluate.distances import draw_counts
-from arra.evaluate.lab import MeasureTable, RowEstimate, half_width, holm, lab_tables, space_of
+from arra.evaluate.lab import MeasureTable, RowEstimate, half_width, lab_tables, space_of
 
 NUM_IMAGES, RESAMPLES = 40, 60
 PROTOCOL: dict[str, ProtocolValue] = {"splits": "novel", "frechet_components": 3}

@@ -37,6 +37,7 @@ def test_gain_of_classes_is_what_the_right_class_is_worth() -> None:
     assert fresh.gain is not None
     assert fresh.nll.tolist() == pytest.approx([torch.log(torch.tensor(4.0)).item()] * 8)
     assert fresh.gain.abs().max() < 1e-6
+    assert fresh.bits_per_token.tolist() == pytest.approx([2.0] * 8)  # four codes, nothing known
     with torch.no_grad():
         table = model.get_parameter("cls_embedding.embedding_table.weight")
         table.zero_()

@@ -1,9 +1,7 @@
 """What a tokenizer keeps: equal to closed forms and to other libraries, the same at any batch size."""
 
-import builtins
 import math
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,8 +10,8 @@ from torch import Tensor
 
 from arra.encoders import load_encoder
 from arra.errors import ArraError
-from arra.evaluate.distances import frechet_distance
-from arra.evaluate.reconstruction import ReconstructionMeter, load_inception, psnr_db, ssim
+from arra.evaluate.distances import FrechetStatistic, bootstrap, frechet_distance
+from arra.evaluate.reconstruction import ReconstructionMeter, paired_frechet, psnr_db, ssim, ssim_llamagen
 from arra.tokenizers import ImageTokenizer
 from arra.tokenizers.vq import VQModel, VQSettings
 from arra.train.perceptual import PerceptualDistance
@@ -49,22 +47,33 @@ def test_psnr_and_ssim_equal_other_libraries() -> None:
     assert psnr_db(a, b).tolist() == pytest.approx(expected)
     assert psnr_db(a, a).tolist() == [100.0] * len(a)
     pytest.importorskip("torchmetrics", reason="SSIM is its; pip install 'arra[metrics]'")
+    for each in (a, b):  # one library mirrors a picture about its outermost pixels, the other beside them
+        for edge in (each[:, :6], each[:, -6:], each[:, :, :6], each[:, :, -6:]):
+            edge.fill_(99)
     floats = [each.permute(0, 3, 1, 2).float() / 255 for each in (a, b)]
     expected = [
         structural_similarity(
             x, y, data_range=255, channel_axis=2, gaussian_weights=True, use_sample_covariance=False, full=True
         )[1].mean()  # without `full` it leaves out the borders
-        for x, y in zip(a.numpy(), b.numpy(), strict=True)
+        for x, y in zip(a.double().numpy(), b.double().numpy(), strict=True)
     ]
     ours = ssim(*floats)
-    assert ours.tolist() == pytest.approx(expected, abs=2e-3)
+    assert ours.tolist() == pytest.approx(expected, rel=1e-6)
     assert ours.max() < 0.95
-    # LlamaGen's evaluation doubles the data range, which flatters
-    doubled = [
+
+
+def test_ssim_as_llamagen_has_it_is_scikit_images_called_with_twice_the_range() -> None:
+    from skimage.metrics import structural_similarity
+
+    a = pictures()
+    b = (a + 12 * torch.randn(a.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 255).to(torch.uint8)
+    expected = [
         structural_similarity(x / 255, y / 255, data_range=2.0, channel_axis=2)
         for x, y in zip(a.numpy().astype(np.float64), b.numpy().astype(np.float64), strict=True)
     ]
-    assert np.mean(doubled) > ours.mean().item() + 0.05
+    floats = [each.permute(0, 3, 1, 2).double() / 255 for each in (a, b)]
+    assert ssim_llamagen(*floats).tolist() == pytest.approx(expected, rel=1e-9)
+    assert np.mean(expected) > ssim(*floats).mean().item() + 0.05  # it flatters
 
 
 def test_measures_do_not_depend_on_the_batches(tokenizer: ImageTokenizer) -> None:
@@ -77,7 +86,7 @@ def test_measures_do_not_depend_on_the_batches(tokenizer: ImageTokenizer) -> Non
     assert one.psnr_db.value == pytest.approx(other.psnr_db.value, abs=0.01)
     assert one.psnr_db.value == pytest.approx(psnr_db(images, back).mean().item())
     assert one.psnr_db.low < one.psnr_db.value < one.psnr_db.high
-    assert one.frechet == pytest.approx(other.frechet, rel=0.05)
+    assert one.frechet.value == pytest.approx(other.frechet.value, rel=0.05)
     assert (one.num_images, one.num_codes_seen, one.is_biased) == (6, 6 * 16 * 16, True)
 
 
@@ -99,6 +108,7 @@ def test_what_is_not_measured_says_why(tokenizer: ImageTokenizer, monkeypatch: p
     found.add(pictures(side=8))
     measured = found.measured()
     assert (measured.ssim, measured.lpips, measured.rfid) == (None, None, None)
+    assert measured.ssim_llamagen is not None  # its window is smaller
     assert set(measured.not_measured) == {"ssim", "lpips", "rfid"}
     assert "--inception" in measured.not_measured["rfid"]
     monkeypatch.setattr("arra.evaluate.reconstruction.find_spec", lambda name: None)
@@ -122,77 +132,44 @@ def test_lpips_is_the_networks(tokenizer: ImageTokenizer) -> None:
     assert "lpips" not in measured.not_measured
 
 
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in the layout of torch-fidelity's published file."""
-    module = pytest.importorskip(
-        "torch_fidelity.feature_extractor_inceptionv3", reason="rFID's network; pip install 'arra[metrics]'"
-    )
+class Summaries:
+    """In place of Inception: six numbers of a picture, with some noise of their own."""
 
-    class Names(Exception):
-        pass
+    name, weights_sha256, family, resize = "inception", "0" * 64, "toy", "none"
+    sizes: ClassVar[dict[str, int]] = {"features": 6}
 
-    shapes: dict[str, Tensor] = {}
-
-    class Fresh(module.FeatureExtractorInceptionV3):  # type: ignore[name-defined]
-        def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
-            shapes.update(self.state_dict())
-            raise Names
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.torch, "load", lambda *args, **kwargs: {})
-        with pytest.raises(Names):
-            Fresh("inception-v3-compat", ["2048"], feature_extractor_weights_path="none")
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, value in shapes.items():
-        if value.dim() > 1:
-            state[name] = torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5
-        else:
-            state[name] = torch.ones_like(value) if name.endswith(("running_var", "bn.weight")) else value * 0
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(state, path)
-    return path
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
+        pixels = images.float() / 255
+        return {"features": torch.cat([pixels.mean((1, 2)), pixels.square().mean((1, 2))], dim=1)}
 
 
-def test_rfid_equals_torch_fidelity(tokenizer: ImageTokenizer, inception_file: Path) -> None:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-
-    found, images = meter(tokenizer, inception=load_inception(inception_file)), pictures(4)
-    back = found.add(images)
-    network = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(inception_file)
-    )
-    features = [network(each.permute(0, 3, 1, 2))[0] for each in (images, back)]
+def test_rfid_is_torch_fidelitys_and_its_interval_draws_pairs(tokenizer: ImageTokenizer) -> None:
+    fid = pytest.importorskip("torch_fidelity.metric_fid", reason="the other library; pip install 'arra[metrics]'")
+    found, images = meter(tokenizer, inception=Summaries()), pictures(60, side=16)
+    back = torch.cat([found.add(part) for part in images.split(25)])
+    features = [Summaries().encode(each)["features"] for each in (images, back)]
     measured = found.measured()
-    assert measured.rfid == pytest.approx(frechet_distance(features[1], features[0], num_components=None), rel=1e-4)
-    # on few axes of the same features, where their matrix root is well conditioned, the library agrees with us
-    axes = torch.randn(2048, 2, generator=torch.Generator().manual_seed(0)) / 45
-    few = [each @ axes for each in features]
-    with np.errstate(all="ignore"):
-        theirs = fid_statistics_to_metric(*[fid_features_to_statistics(each) for each in few], verbose=False)
-    library = theirs["frechet_inception_distance"]
-    assert frechet_distance(few[0], few[1], num_components=None) == pytest.approx(library, rel=1e-4)
-    assert measured.inception_sha256 is not None
+    assert measured.rfid is not None
+    theirs = fid.fid_statistics_to_metric(*[fid.fid_features_to_statistics(each) for each in features], verbose=False)
+    assert measured.rfid.value == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    pairs = bootstrap(FrechetStatistic(features[1], features[0], num_components=None))
+    assert measured.rfid.high - measured.rfid.low == pytest.approx(pairs.high - pairs.low, rel=0.15)
+    assert measured.rfid.low < measured.rfid.value < measured.rfid.high
+    assert measured.inception_sha256 == Summaries.weights_sha256
     assert "rfid" not in measured.not_measured
 
 
-def test_inception_weights_that_do_not_fit_are_told(
-    inception_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ArraError, match=r"other\.pth: not the InceptionV3 of torch-fidelity .*2015-12-05"):
-        load_inception(tmp_path / "other.pth")
-    with pytest.raises(ArraError, match="no such"):
-        load_inception(tmp_path / "none.pth")
-    usual = builtins.__import__
+def test_the_distance_is_in_principal_axes_of_the_pictures(tokenizer: ImageTokenizer) -> None:
+    found, images = meter(tokenizer), pictures(8, side=16)
+    back = found.add(images)
+    raw, seen = (found.judge.encode(each) for each in (images, back))
+    measured = found.measured()
+    assert measured.frechet_components == 7
+    assert measured.frechet.value == pytest.approx(frechet_distance(seen, raw, num_components=7), rel=1e-4)
 
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("torch_fidelity"):
-            raise ImportError("No module named 'torch_fidelity'")
-        return usual(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ArraError, match=r"rFID needs torch-fidelity .*pip install 'arra\[metrics\]'"):
-        load_inception(inception_file)
+def test_nothing_lost_is_no_distance() -> None:
+    features = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    same = paired_frechet(features, features)
+    assert same.value == pytest.approx(0, abs=1e-9)
+    assert np.abs(same.per_picture).max() < 1e-6

@@ -184,9 +184,9 @@ def test_headline_follows_the_numbers_when_swapped() -> None:
 
 @pytest.mark.parametrize(("low", "high", "verdict"), [(-0.1, -0.02, "better"), (None, None, "no clear difference")])
 def test_headline_over_seeds_says_so(low: float | None, high: float | None, verdict: Verdict) -> None:
-    one = comparison().differences[0]
+    one, own = comparison().differences[0], ("low", "high", "verdict", "is_paired", "p", "p_corrected", "marks")
     over = SeedDifference(
-        **{name: value for name, value in dataclasses.asdict(one).items() if name not in ("low", "high", "verdict")},
+        **{name: value for name, value in dataclasses.asdict(one).items() if name not in own},
         low=low,
         high=high,
         verdict=verdict,

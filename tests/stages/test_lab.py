@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -161,7 +162,7 @@ def test_the_numbers_are_those_of_the_cards(lab: Any):
             if one.metric == VALIDATION:
                 each = [Run(out / row.row / f"seed-{s}").read_metrics()[-1]["ntp_loss"] for s in (0, 1)]
             else:
-                key = (one.metric, one.split, one.cfg_scale, one.reference, "model")
+                key = (one.metric, one.split, one.cfg_scale, one.reference, "model", None)
                 each = [next(r.value for r in cards[row.row, s].results if r.key == key) for s in (0, 1)]
             assert list(row.per_seed.values()) == each
             assert row.mean.value == pytest.approx(np.mean(each))
@@ -271,8 +272,9 @@ def test_the_page_works_offline_and_shows_no_foreign_markup(lab: Any):
 
 
 @pytest.mark.slow
-def test_every_row_of_the_recipe_takes_a_step(lab_settings: tuple[str, ...], tmp_path: Path):
+def test_every_row_of_the_recipe_takes_a_step(lab: Any, lab_settings: tuple[str, ...], tmp_path: Path):
     """The choices that no default row makes: losses, projectors, spaces, layers, schedules, published windows."""
+    shutil.copytree(lab[0] / "store", tmp_path / "store")
     rows = tuple(row_names("alignment_lab"))
     _, recipes = read_rows(LabOptions(rows=rows, steps=1600, overrides=(*lab_settings, "model.num_layers=4")))
     with Display(Console(file=io.StringIO())) as display:
@@ -287,9 +289,10 @@ def test_every_row_of_the_recipe_takes_a_step(lab_settings: tuple[str, ...], tmp
 
 
 @pytest.mark.slow
-def test_the_smoke_command_runs(lab_settings: tuple[str, ...], tmp_path: Path):
-    """With real processes."""
-    command = ["arra", "lab", "--steps", "20", "--seeds", "1", "--rows", "baseline,hybnext", "--out", "lab"]
+def test_the_smoke_command_runs(lab: Any, lab_settings: tuple[str, ...], tmp_path: Path):
+    """With real processes, over a store that is there."""
+    shutil.copytree(lab[0] / "store", tmp_path / "lab" / "store")
+    command = ["arra", "lab", "--steps", "20", "--seeds", "1", "--rows", "baseline", "--out", "lab"]
     chosen = [part for text in lab_settings for part in ("--set", text)]
     found = subprocess.run(
         [sys.executable, "-m", *command, *chosen], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -302,16 +302,26 @@ def same_settings(toy: Any) -> list[str]:
 
 @pytest.mark.slow
 def test_libraries_keep_quiet(tmp_path: Path, pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they say when they are first imported shows in a process of its own alone."""
+    """What they say when they are first imported shows in a fresh process alone."""
     pytest.importorskip("bitsandbytes", reason="the extra 'lean' is not installed")
     monkeypatch.chdir(tmp_path)
     save_toy_lm(Path("lm"))
-    for command in (
+    commands = (
         ("init", *INIT),
         ("train", drawn_recipe(), "--row", "qlora", "--store", pipeline.store, "--out", "run",
          "--set", f"data.path={pipeline.pictures}", "--set", "train.optimizer=adamw8bit"),
         ("generate", "run", "--prompt", "a bar", "--seeds", "0"),
-    ):  # fmt: skip
-        code = "import sys; from arra.cli import main; sys.argv[0] = 'arra'; main()"
-        done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
+    )  # fmt: skip
+    code = """
+import json, sys
+from arra.cli import main
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["arra", *command]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, command
+"""
+    told = json.dumps([[str(part) for part in command] for command in commands])
+    done = subprocess.run([sys.executable, "-c", code, told], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -152,7 +152,9 @@ def test_classes_from_a_folder_to_the_report(classes: Workshop) -> None:
 
     assert "class_gain" in classes.done("evaluate", plain, aligned)
     measured = metrics(aligned)
-    assert {"nll", "class_gain", "class_retrieval_at_1", "frechet", "kid_x1000", "psnr_db"} == set(measured)
+    assert {"nll", "bits_per_token", "class_gain", "class_retrieval_at_1", "frechet", "kid_x1000", "psnr_db"} == set(
+        measured
+    )
     card = Evaluation.load(aligned).card
     assert card.protocol["condition"] == "class"
     assert "retrieval of single pictures" in str(card.protocol["not_measured"])
@@ -268,7 +270,14 @@ def test_codes_without_pictures_are_evaluated_as_far_as_they_can_be(
     assert answer.code == 0, answer
     assert "not measured:" in answer.out
     card = Evaluation.load(run).card
-    assert {row.metric for row in card.results} == {"nll", "class_gain", "class_retrieval_at_1", "frechet", "kid_x1000"}
+    assert {row.metric for row in card.results} == {
+        "nll",
+        "bits_per_token",
+        "class_gain",
+        "class_retrieval_at_1",
+        "frechet",
+        "kid_x1000",
+    }
     assert {row.reference for row in card.results} == {None, "reconstructions"}
     assert "the store holds codes without pictures" in str(card.protocol["not_measured"])
     assert run_arra("report", run, "--out", tmp_path / "report").code == 0
@@ -329,6 +338,15 @@ def test_captions_from_pictures_to_the_report(tmp_path: Path, run_arra: Callable
     assert [(row["seed"], "id" in row) for row in samples(tmp_path / "split")] == [(0, True), (1, True)]
 
     shop.done("evaluate", aligned)
-    expected = {"nll", "caption_gain", "retrieval_at_1", "caption_retrieval_at_1", "frechet", "kid_x1000", "psnr_db"}
+    expected = {
+        "nll",
+        "bits_per_token",
+        "caption_gain",
+        "retrieval_at_1",
+        "caption_retrieval_at_1",
+        "frechet",
+        "kid_x1000",
+        "psnr_db",
+    }
     assert expected <= set(metrics(aligned))
     shop.done("report", aligned, "--out", tmp_path / "report")

@@ -91,8 +91,8 @@ def test_every_documented_command_parses(document: str, command: str):
 def test_documented_commands_are_found():
     found = {command.split()[0] for _, command in DOCUMENTED}
     assert found == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    names = ["alignment", "alignment_lab", "data", "encoders", "generation", "guide", "language_models", "llamagen"]
-    names += ["probe", "tokenizers", "training", "weights"]
+    names = ["alignment", "alignment_lab", "data", "encoders", "evaluation", "generation", "guide", "language_models"]
+    names += ["llamagen", "probe", "tokenizers", "training", "weights"]
     wanted = {*(f"docs/{name}.md" for name in names), "README.md", "examples/slurm_train.sh"}
     assert wanted <= {document for document, _ in DOCUMENTED}
     training = [command for document, command in DOCUMENTED if document == "docs/training.md"]
