@@ -39,7 +39,7 @@ from arra.stages.origin import judged_columns, noted
 from arra.stages.painters import LoadedRun, load_run
 from arra.stages.pictures import held_out_codes, held_out_pixels, is_imported, require_columns
 from arra.stages.process import Progress, silent
-from arra.stages.tokenizer import center_pictures
+from arra.stages.squares import center_pictures
 from arra.train.dual import train_dual_encoder
 
 PICTURES_FILE = "samples/evaluation.safetensors"

@@ -23,7 +23,7 @@ from arra.runs import atomic_write, writing
 from arra.stages.process import Progress, silent
 from arra.stages.set_facts import about_set, protocol_of_set
 from arra.stages.set_measures import MeasuredSet
-from arra.stages.set_opening import Opened, looks_at, open_for_measures
+from arra.stages.set_opening import Opened, looks_at, open_for_measures, open_networks
 from arra.stages.set_options import SetOptions, make_plan
 from arra.stages.set_subjects import paint_for_set
 
@@ -53,6 +53,8 @@ def evaluate_set(subject: Path | str, options: SetOptions, *, progress: Progress
     set_threads(options.threads)
     plan = make_plan(options)
     if (Path(subject) / "recipe.yaml").is_file():
+        # painting takes hours: what is missing afterwards is better known before
+        open_networks(plan, options, device=torch.device("cpu"), progress=progress)
         subject, options = paint_for_set(Path(subject), plan, options, progress=progress)
     device = own_device(options.device)
     with joined_ranks(device) as ranks:

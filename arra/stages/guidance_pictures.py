@@ -109,7 +109,7 @@ class Sitting:
             seen, reference = features[eye.prefix][:num_images], self.references[eye.prefix]
             values[values_key(f"{eye.prefix}features", split=split.name)] = seen
             values[values_key(f"reference/{eye.prefix}{REFERENCE}", split=split.name)] = reference
-            ranks = self._ranks(eye, seen, reference[:1].expand(num_images, -1))
+            ranks = self._ranks(eye, seen, reference[:num_images])
             if ranks is not None:
                 kind = "class_" if split.labels is not None else eye.prefix
                 values[values_key(f"{kind}ranks", split=split.name)] = ranks

@@ -37,7 +37,8 @@ from arra.stages.makers import (
     wanted_columns,
 )
 from arra.stages.model import tokenizer_network
-from arra.stages.tokenizer import center_pictures, recipe_tokenizer
+from arra.stages.squares import center_pictures
+from arra.stages.tokenizer import recipe_tokenizer
 from arra.tokenizers import ImageTokenizer
 from arra.tokenizers.image import PUBLISHED
 

@@ -84,6 +84,18 @@ def open_for_measures(
         reasons = "; ".join(f"{name}: {why}" for name, why in opened.not_measured.items())
         raise ArraError(f"{pictures.name}: nothing to measure ({reasons}); name a reference, as in --reference FOLDER")
     plan = replace(plan, measures=tuple(wanted))
+    spaces, agreements = open_networks(plan, options, device=device, progress=progress)
+    return replace(opened, plan=plan, spaces=spaces, agreements=agreements)
+
+
+def open_networks(
+    plan: Plan, options: SetOptions, *, device: torch.device, progress: Progress
+) -> tuple[dict[str, Space], dict[str, Agreement]]:
+    """The plan's networks by name, and those of them that have a text half too.
+
+    Raises:
+        ArraError: weights or a package are missing.
+    """
     spaces: dict[str, Space] = {}
     agreements: dict[str, Agreement] = {}
     for name in plan.spaces:
@@ -98,7 +110,7 @@ def open_for_measures(
                 spaces[name] = open_space(name, weights=weights, device=device)
         except ArraError as error:
             raise ArraError(f"{error}; or measure without it: --without {name}") from error
-    return replace(opened, plan=plan, spaces=spaces, agreements=agreements)
+    return spaces, agreements
 
 
 def _has_splits(place: str) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from arra.errors import ArraError
 from arra.evaluate.measured import Measured
+from arra.evaluate.retrieval import retrieval_ranks
 from arra.sample.generate import generate
 from arra.sample.logits import SamplingSettings
 from arra.stages import guidance_pictures
@@ -120,11 +121,14 @@ def test_prompts_seeds_and_references_stay_together(
     assert kept.pictures is not None
     assert torch.equal(kept.pictures, plain)
     assert torch.allclose(few["train/features"], sitting.eyes[0].encode(plain), atol=1e-4)
+    assert torch.equal(few["train/ranks"], retrieval_ranks(few["train/features"], sitting.references[""][:6]))
     sitting._kept.clear()
     again = sitting(settings, 6)
     assert all(torch.equal(again[key], value) for key, value in few.items())
+    monkeypatch.setattr(guidance_pictures, "MOST_REFERENCES", 6)  # more or fewer, the first ones are the same
+    assert open_sitting(loaded, seed=5, **how).split.prompts == sitting.split.prompts[:6]
     other = open_sitting(loaded, seed=6, **how)
-    assert other.split.prompts != sitting.split.prompts
+    assert other.split.prompts != sitting.split.prompts[:6]
     assert "accuracy.all" not in sitting.metrics()
     # of drawn shapes every picture is held against its own caption
     monkeypatch.setattr(guidance_pictures, "is_drawn", lambda prompts: True)

@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_told_before_hours_of_training(
 
 
 def test_too_many_pictures_for_memory_are_told(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arra.stages.tokenizer.MOST_HELD_GIB", 1e-4)
+    monkeypatch.setattr("arra.stages.tokenizer_training.MOST_HELD_GIB", 1e-4)
     with pytest.raises(ArraError, match=r"set tokenizer\.train\.crop to \{kind: random\}"):
         prepare(toy.recipe(*FRESH), tmp_path / "store", options=INLINE, only=("codes",))
 
