@@ -543,7 +543,7 @@ def evaluate(
     ] = None,
     inception: Annotated[Path | None, typer.Option("--inception", help="Inception weights of torch-fidelity.")] = None,
     split: Annotated[
-        str | None, typer.Option("--split", help="Of a store or a run: whose pictures are the reference.")
+        str | None, typer.Option("--split", help="Of stores and runs: whose pictures, or prompts, are taken.")
     ] = None,
     training: Annotated[
         str | None, typer.Option("--training", help="Training pictures, to look for copies: a folder, store or run.")

@@ -42,7 +42,7 @@ class DataSection(Settings):
     """Where the pictures come from, and how they are cropped."""
 
     source: SourceKind = "openmoji"
-    """openmoji, shapes: the embedded sets; auto: what `path` looks like; or a kind, as `arra list sources` tells them."""
+    """openmoji, shapes: the embedded sets; auto: what `path` looks like; or a kind, as `arra list sources` has them."""
     path: str | None = None
     """File or folder of the source."""
     sources: tuple[AnySource, ...] | None = None

@@ -74,6 +74,25 @@ class Ranks:
         if self.size > 1:
             dist.barrier(group=self.group)
 
+    def by_all(self, act: Callable[[], T]) -> T:
+        """What `act` gives on this rank; all call it, and none goes on if one has failed.
+
+        Raises:
+            ArraError: that of the first rank which had one, on every rank.
+        """
+        found: Any = None
+        problem: str | None = None
+        try:
+            found = act()
+        except ArraError as error:
+            problem = str(error)
+            if self.size == 1:
+                raise
+        problem = next((told for told in self.gather(problem) if told is not None), None)
+        if problem is not None:
+            raise ArraError(problem) if self.is_first else FirstProcessError(problem)
+        return cast(T, found)
+
     def by_first(self, act: Callable[[], T]) -> T:
         """What `act` gives on rank zero, which alone calls it, on every rank.
 

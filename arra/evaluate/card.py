@@ -15,16 +15,16 @@ reference pictures, F features.
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -75,6 +75,8 @@ METRICS: Mapping[str, tuple[Better, str]] = {
     "findings_auroc": ("higher", "AUROC"),
     "accuracy": ("higher", "fraction"),
     "copied": ("lower", "fraction"),
+    "token_information": ("higher", "bits"),
+    "shuffle_auroc": ("higher", "AUROC"),
 }
 """Which direction is better, and the unit; retrieval (`..._at_K`) is a share where higher is better, a second judge's
 distances (`JUDGE_frechet`) are as the first one's, and a part of a measure (`findings_auroc.Effusion`) is as the whole.
@@ -84,6 +86,7 @@ SIZE_BIASED = frozenset({"fid", "sfid", "fd"})
 """Distances that grow as pictures get fewer, by an amount of order 1/N that depends on the model too."""
 NEEDS_EQUAL_NUMBERS = SIZE_BIASED | {"inception_score", "cmmd", "precision", "recall", "density", "coverage"}
 """Measures whose expectation depends on the number of pictures; the others are means over pictures or unbiased."""
+LARGEST = sys.float_info.max
 ENOUGH_IMAGES = 5000
 """Pictures below which a distance of `SIZE_BIASED` is marked."""
 
@@ -188,7 +191,7 @@ class Card:
         """
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ArraError(f"{where}: not JSON ({error}); run `arra evaluate` again") from error
         required = {"run", "protocol", "results"}
         _require_keys(content, required, where=where, allowed=required | {"about"})
@@ -196,9 +199,10 @@ class Card:
             raise ArraError(f"{where}: `run` must be text and `protocol` a mapping; run `arra evaluate` again")
         if not isinstance(content["results"], list):
             raise ArraError(f"{where}: `results` must be a list; run `arra evaluate` again")
-        about = content.get("about", {})
-        if not isinstance(about, dict):
-            raise ArraError(f"{where}: `about` must be a mapping; run `arra evaluate` again")
+        for name, value in content["protocol"].items():
+            if not isinstance(value, ProtocolValue):
+                raise ArraError(f"{where}: protocol.{name} must be one plain value; run `arra evaluate` again")
+        about = _read_about(content.get("about", {}), where=where)
         results = tuple(_read_result(row, where=f"{where}: results[{i}]") for i, row in enumerate(content["results"]))
         return cls(run=content["run"], protocol=content["protocol"], results=results, about=about)
 
@@ -212,9 +216,16 @@ class Evaluation:
 
     @property
     def num_components(self) -> int | None:
-        """Principal axes of the Frechet distances: the protocol's `frechet_components`."""
+        """Principal axes of the Frechet distances: the protocol's `frechet_components`.
+
+        Raises: ArraError when the protocol says something else than a number there.
+        """
         components = self.card.protocol.get("frechet_components", FRECHET_COMPONENTS)
-        return None if components is None else int(components)
+        if components is not None and (not isinstance(components, int) or components < 1):
+            raise ArraError(
+                f"{self.card.run}: frechet_components: {components!r} is no number of axes; run `arra evaluate` again"
+            )
+        return components
 
     def save(self, folder: Path) -> None:
         """Writes both files into `folder`, values first: a card never stands beside older values.
@@ -284,7 +295,7 @@ def row_statistic(row: Result, values: Mapping[str, Tensor], *, num_components: 
             reference=row.reference,
             num_components=num_components,
         )
-    return MeanStatistic(_values(values, row.values_name))
+    return MeanStatistic(_numbers(values, row.values_name))
 
 
 def values_statistic(
@@ -317,9 +328,9 @@ def values_statistic(
             return FrechetStatistic(features, references, num_components=num_components)
         return KernelStatistic(features, references)
     if retrieval := _RETRIEVAL.fullmatch(metric):
-        ranks = _values(values, values_key(f"{retrieval['judge'] or ''}ranks", split=split, cfg_scale=cfg_scale))
+        ranks = _numbers(values, values_key(f"{retrieval['judge'] or ''}ranks", split=split, cfg_scale=cfg_scale))
         return MeanStatistic((ranks < int(retrieval["k"])).float())
-    return MeanStatistic(_values(values, values_key(metric, split=split, cfg_scale=cfg_scale)).float())
+    return MeanStatistic(_numbers(values, values_key(metric, split=split, cfg_scale=cfg_scale)).float())
 
 
 def measure(
@@ -468,6 +479,16 @@ def _values(values: Mapping[str, Tensor], key: str) -> Tensor:
     return values[key]
 
 
+def _numbers(values: Mapping[str, Tensor], key: str) -> Shaped[Tensor, "N"]:
+    """Values that are one number for each picture."""
+    found = _values(values, key)
+    if found.ndim != 1:
+        raise ArraError(
+            f"{key} has shape {tuple(found.shape)}, expected one number a picture; run `arra evaluate` again"
+        )
+    return found
+
+
 def _direction(metric: str, better: Better | None, unit: str | None) -> tuple[Better, str]:
     """Which direction is better, and the unit: as given, else as known of the metric."""
     distance = _DISTANCE.fullmatch(metric)
@@ -478,6 +499,21 @@ def _direction(metric: str, better: Better | None, unit: str | None) -> tuple[Be
     if better is None or unit is None:
         raise ValueError(f"metric {metric!r} is not known: say which is `better` and its `unit`")
     return better, unit
+
+
+def _read_about(about: object, *, where: str) -> dict[str, Any]:
+    """What a card says of its subject, of which what is counted here is checked."""
+    if not isinstance(about, dict):
+        raise ArraError(f"{where}: `about` must be a mapping; run `arra evaluate` again")
+    balance = about.get(CLASS_BALANCE) or {}
+    counts = [*balance.values(), about.get(DUPLICATES) or 0] if isinstance(balance, dict) else [None]
+    if not all(isinstance(count, int) for count in counts):
+        raise ArraError(
+            f"{where}: about.{CLASS_BALANCE} and about.{DUPLICATES} must count pictures; run `arra evaluate` again"
+        )
+    if not isinstance(about.get(WARNINGS, []), list):
+        raise ArraError(f"{where}: about.{WARNINGS} must be a list of sentences; run `arra evaluate` again")
+    return about
 
 
 def _read_result(row: object, *, where: str) -> Result:
@@ -491,7 +527,7 @@ def _read_result(row: object, *, where: str) -> Result:
         number = content.get(name)
         if number is None and name != "value":
             continue
-        if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+        if not isinstance(number, int | float) or isinstance(number, bool) or not -LARGEST <= number <= LARGEST:
             raise ArraError(f"{where}: {name}: {number!r} is not a number; run `arra evaluate` again")
         content[name] = float(number)
     for name in ("metric", "split", "unit"):
@@ -502,7 +538,11 @@ def _read_result(row: object, *, where: str) -> Result:
             raise ArraError(f"{where}: {name}: {content[name]!r} is not text; run `arra evaluate` again")
     if not isinstance(content.get("is_teachers", False), bool):
         raise ArraError(f"{where}: is_teachers: {content['is_teachers']!r} is not true or false")
-    if not isinstance(content["num_images"], int) or content["num_images"] < 1:
+    if (
+        not isinstance(content["num_images"], int)
+        or isinstance(content["num_images"], bool)
+        or content["num_images"] < 1
+    ):
         raise ArraError(f"{where}: num_images: {content['num_images']!r} is not a number of pictures")
     return Result(**content)
 

@@ -9,6 +9,8 @@ Legend: B batch, N pictures of a set, K of them whose vectors are kept, H W pixe
 """
 
 import hashlib
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,18 +75,18 @@ class Seen:
         return sum(bytes(row) in theirs for row in self.digests)
 
 
-def look_of(space: Space, outputs: Sequence[str], *, distributions: Sequence[str] = ()) -> Look:
-    """A space as something to look with; only the named outputs are kept."""
+def look_of(space: Space, outputs: Sequence[str], *, name: str, distributions: Sequence[str] = ()) -> Look:
+    """A space as something to look with; only the named outputs are kept, under the name that it was asked for by."""
 
     def note(rows: Sequence[int], images: Tensor) -> dict[str, Tensor]:
         found = space.encode(images)
-        return {name: found[name] for name in outputs}
+        return {output: found[output] for output in outputs}
 
     return Look(
-        space.name,
-        {name: space.sizes[name] for name in outputs},
+        name,
+        {output: space.sizes[output] for output in outputs},
         note,
-        identity=f"{space.weights_sha256} {space.resize}",
+        identity=f"{space.name} {space.weights_sha256} {space.resize}",
         distributions=frozenset(distributions),
     )
 
@@ -103,7 +105,8 @@ def collect(
     """What was seen of a set, on every rank; its vectors lie in `folder`, which must be there and stay.
 
     Raises:
-        ArraError: fewer than two pictures, one that cannot be read, or a folder that cannot be written.
+        ArraError: fewer than two pictures, one that cannot be read or of which a look notes what is not finite, or a
+            folder that cannot be written.
     """
     count = len(pictures)
     if count < 2:
@@ -111,12 +114,54 @@ def collect(
     kept = chosen_rows(count, keep)
     files = _make_files(folder, looks, count=count, kept=len(kept), ranks=ranks)
     sums = {key: MomentSums(size) for key, size in _distributions(looks)}
-    shapes: Counter[str] = Counter()
     stretch = range(count * ranks.rank // ranks.size, count * (ranks.rank + 1) // ranks.size)
-    places = np.full(count, -1, dtype=np.int64)  # of a row among the kept
+
+    def look() -> Counter[str]:
+        read = _batches(pictures, stretch, batch_size=batch_size)
+        return _look_at(
+            pictures,
+            read,
+            looks,
+            kept=kept,
+            device=device,
+            files=files,
+            sums=sums,
+            progress=lambda done: progress(done, len(stretch)),
+        )
+
+    shapes = ranks.by_all(look)
+    for file in files.values():
+        file.flush()
+    told = ranks.gather((dict(shapes), {key: one.state() for key, one in sums.items()}))
+    merged = {key: MomentSums.joined([states[key] for _, states in told]).finish() for key in sums}
+    return Seen(
+        count=count,
+        outputs={
+            key: Collected(moments=merged.get(key), features=_mapped(folder / file_name(key)), rows=kept)
+            for key in files
+            if key != DIGESTS
+        },
+        digests=np.asarray(_mapped(folder / file_name(DIGESTS))),
+        shapes=dict(sum((Counter(part) for part, _ in told), Counter())),
+    )
+
+
+def _look_at(
+    pictures: PictureSet,
+    batches: Iterator[tuple[list[int], UInt8[np.ndarray, "B H W 3"]]],
+    looks: Sequence[Look],
+    *,
+    kept: np.ndarray,
+    device: torch.device,
+    files: Mapping[str, np.memmap],
+    sums: Mapping[str, MomentSums],
+    progress: Callable[[int], None],
+) -> Counter[str]:
+    """How many pictures of each size there were; what looks noted is in the files and the sums."""
+    shapes: Counter[str] = Counter()
+    places = np.full(len(pictures), -1, dtype=np.int64)  # of a row among the kept
     places[kept] = np.arange(len(kept))
-    done = 0
-    for rows, batch in _batches(pictures, stretch, batch_size=batch_size):
+    for rows, batch in batches:
         shapes[f"{batch.shape[2]} x {batch.shape[1]}"] += len(rows)
         files[DIGESTS][rows] = _digests(batch)
         images, is_kept = torch.from_numpy(batch).to(device), places[rows] >= 0
@@ -125,25 +170,25 @@ def collect(
             for output in look.sizes:
                 key = f"{look.name}.{output}"
                 values = noted[output].float().cpu().numpy().reshape(len(rows), -1)
+                _require_finite(values, look=key, of=[pictures.ids[row] for row in rows], where=pictures.name)
                 if key in sums:
                     sums[key].add(values)
                 files[key][places[rows][is_kept]] = values[is_kept]
-        done += len(rows)
-        progress(done, len(stretch))
-    for file in files.values():
-        file.flush()
-    told = ranks.gather((dict(shapes), {key: one.state() for key, one in sums.items()}))
-    merged = {key: MomentSums.joined([states[key] for _, states in told]).finish() for key in sums}
-    return Seen(
-        count=count,
-        outputs={
-            key: Collected(moments=merged.get(key), features=_mapped(folder / f"{key}.npy"), rows=kept)
-            for key in files
-            if key != DIGESTS
-        },
-        digests=np.asarray(_mapped(folder / f"{DIGESTS}.npy")),
-        shapes=dict(sum((Counter(part) for part, _ in told), Counter())),
-    )
+        progress(sum(shapes.values()))
+    return shapes
+
+
+def file_name(key: str) -> str:
+    """Where the values of `LOOK.OUTPUT` lie: names of spaces may have colons and slashes."""
+    return re.sub(r"[^\w.+-]", "-", key) + ".npy"
+
+
+def _require_finite(values: Float[np.ndarray, "B F"], *, look: str, of: Sequence[str], where: str) -> None:
+    is_finite = np.isfinite(values).all(1)
+    if not is_finite.all():
+        raise ArraError(
+            f"{where}: {look} of picture {of[int(is_finite.argmin())]} is not finite; are the network's weights whole?"
+        )
 
 
 def _distributions(looks: Sequence[Look]) -> Iterator[tuple[str, int]]:
@@ -159,16 +204,18 @@ def _make_files(folder: Path, looks: Sequence[Look], *, count: int, kept: int, r
     for look in looks:
         for output, size in look.sizes.items():
             shapes[f"{look.name}.{output}"] = ((kept, size), np.float32)
-    if not all(Path(name).name == name for name in shapes):
-        raise ArraError(f"{', '.join(shapes)}: a name of a look with a path in it")
 
     def make() -> None:
         with writing(folder):
             for name, (shape, kind) in shapes.items():
-                np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=shape).flush()
+                path = folder / file_name(name)
+                np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape).flush()
+                if hasattr(os, "posix_fallocate"):  # a disk that fills up later ends a process that writes a map
+                    with path.open("rb+") as file:
+                        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
     ranks.by_first(make)
-    return {name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+") for name in shapes}
+    return {name: np.lib.format.open_memmap(folder / file_name(name), mode="r+") for name in shapes}
 
 
 def _mapped(path: Path) -> np.ndarray:

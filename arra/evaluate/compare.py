@@ -12,6 +12,7 @@ Letters: N pictures, R resamples, S statistics.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,6 +22,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from arra.errors import ArraError
 from arra.evaluate.card import (
@@ -33,6 +35,7 @@ from arra.evaluate.card import (
     row_statistic,
     values_key,
 )
+from arra.evaluate.collecting import KEPT_VECTORS
 from arra.evaluate.distances import (
     LEVEL,
     NUM_RESAMPLES,
@@ -43,7 +46,12 @@ from arra.evaluate.distances import (
     percentile_interval,
 )
 
+MOST_GAPS = 6
+"""Of two protocols, named in one message."""
 Verdict = Literal["better", "worse", "no clear difference"]
+
+OF_PAIRS = frozenset({"ms_ssim_within"})
+"""Metrics whose values are of pairs of pictures, so of fewer than there are pictures."""
 
 SMALLEST_P = 1e-6
 """Nothing below is told: so far out, a normal approximation from some hundred resamples says nothing."""
@@ -136,9 +144,13 @@ def compare(
         (same_pictures or row.of == "reference") and one.num_images == other.num_images
         for row, one, other in zip(rows, first, second, strict=True)
     ]
-    seeds = [seed] * len(rows), [seed if is_paired else seed + 1 for is_paired in paired]
-    drawn_first = _resampled(rows, first, baseline, num_resamples=num_resamples, seeds=seeds[0])
-    drawn_second = _resampled(matched, second, candidate, num_resamples=num_resamples, seeds=seeds[1])
+    groups = [_groups(row, one, baseline) for row, one in zip(rows, first, strict=True)]
+    others_groups = [_groups(row, one, candidate) for row, one in zip(matched, second, strict=True)]
+    for place in np.flatnonzero(paired).tolist():  # drawn together, so grouped alike: also where one card says less
+        groups[place] = others_groups[place] = others_groups[place] if groups[place] is None else groups[place]
+    seeds = [seed if is_paired else seed + 1 for is_paired in paired]
+    drawn_first = _resampled(first, groups, num_resamples=num_resamples, seeds=[seed] * len(rows))
+    drawn_second = _resampled(second, others_groups, num_resamples=num_resamples, seeds=seeds)
     differences = []
     for place, (row, other) in enumerate(zip(rows, matched, strict=True)):
         gaps = drawn_second[:, place] - drawn_first[:, place]
@@ -261,7 +273,9 @@ def checked_statistic(row: Result, evaluation: Evaluation) -> Statistic:
         statistic = row_statistic(row, evaluation.values, num_components=evaluation.num_components)
     except ArraError as error:
         raise ArraError(f"{where}: {error}") from error
-    if row.of == "generated" and statistic.num_images != row.num_images:
+    is_of_some = row.metric in OF_PAIRS or row.num_images > KEPT_VECTORS
+    may_be_fewer = is_of_some and statistic.num_images < row.num_images
+    if row.of == "generated" and statistic.num_images != row.num_images and not may_be_fewer:
         raise ArraError(
             f"{where}: the card says {row.num_images} pictures, its values have {statistic.num_images}; "
             "run `arra evaluate` again"
@@ -283,25 +297,29 @@ def _same_pictures(baseline: Evaluation, candidate: Evaluation) -> bool:
     return first.get(ASKED) is not None and first.get(ASKED) == second.get(ASKED)
 
 
+def _groups(row: Result, statistic: Statistic, evaluation: Evaluation) -> Tensor | None:
+    """Which pictures of a row are drawn together; None where each is drawn alone."""
+    groups = evaluation.values.get(values_key("groups", split=row.split))
+    if row.of == "reference" or groups is None or groups.shape != (statistic.num_images,):
+        return None
+    return groups
+
+
 def _resampled(
-    rows: Sequence[Result],
     statistics: Sequence[Statistic],
-    evaluation: Evaluation,
+    groups: Sequence[Tensor | None],
     *,
     num_resamples: int,
     seeds: Sequence[int],
 ) -> Float[np.ndarray, "R S"]:
     """Every statistic on its resamples. Those of the same pictures share their draws: drawing costs the most."""
-    drawn = np.empty((num_resamples, len(rows)))
-    sharing: dict[tuple[int, str | None, int], list[int]] = {}
-    for place, (row, statistic) in enumerate(zip(rows, statistics, strict=True)):
-        groups_name = values_key("groups", split=row.split)
-        has_groups = row.of == "generated" and groups_name in evaluation.values
-        key = (statistic.num_images, groups_name if has_groups else None, seeds[place])
+    drawn = np.empty((num_resamples, len(statistics)))
+    sharing: dict[tuple[int, int, int], list[int]] = {}
+    for place, statistic in enumerate(statistics):
+        key = (statistic.num_images, id(groups[place]), seeds[place])
         sharing.setdefault(key, []).append(place)
-    for (num_images, shared_groups, seed), places in sharing.items():
-        groups = None if shared_groups is None else evaluation.values[shared_groups]
-        draws = draw_counts(num_images, num_resamples=num_resamples, seed=seed, groups=groups)
+    for (num_images, _, seed), places in sharing.items():
+        draws = draw_counts(num_images, num_resamples=num_resamples, seed=seed, groups=groups[places[0]])
         for resample, counts in enumerate(draws):
             drawn[resample, places] = [statistics[place](counts) for place in places]
     return drawn
@@ -344,6 +362,11 @@ def _names_model(key: str) -> bool:
     return key == "run" or key.startswith("model")
 
 
+def _short(value: object) -> str:
+    """A setting in a message; of hashes the first digits tell them apart."""
+    return repr(value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value)
+
+
 def require_same_protocol(baseline: Evaluation, candidate: Evaluation) -> None:
     """Nothing, if two cards measured the same things in the same way on the same pictures.
 
@@ -354,10 +377,12 @@ def require_same_protocol(baseline: Evaluation, candidate: Evaluation) -> None:
     names = sorted(name for name in first.protocol.keys() | second.protocol.keys() if not _names_model(name))
     missing = "nothing"
     gaps = [
-        f"{name} ({first.protocol.get(name, missing)!r} and {second.protocol.get(name, missing)!r})"
+        f"{name} ({_short(first.protocol.get(name, missing))} and {_short(second.protocol.get(name, missing))})"
         for name in names
         if first.protocol.get(name, missing) != second.protocol.get(name, missing)
     ]
+    if len(gaps) > MOST_GAPS:
+        gaps = [*gaps[:MOST_GAPS], f"and {len(gaps) - MOST_GAPS} more"]
     if gaps:
         raise ArraError(
             f"{between} were evaluated differently: {', '.join(gaps)}; evaluate both with the same settings"
@@ -379,6 +404,6 @@ def require_same_protocol(baseline: Evaluation, candidate: Evaluation) -> None:
     if not _same_pictures(baseline, candidate):
         return
     for name in sorted(baseline.values.keys() & candidate.values.keys()):
-        is_shared = "/reference/" in name or name.endswith("/groups")
+        is_shared = "/reference/" in name or (name.endswith("/groups") and not is_of_sets)
         if is_shared and not torch.equal(baseline.values[name], candidate.values[name]):
             raise ArraError(f"{between}: {name} differs, so they saw other pictures; evaluate both again")

@@ -79,11 +79,14 @@ class Drawing:
 
     @property
     def is_mirrored(self) -> bool:
-        """Whether every shape has its mirror image, left to right, within `MIRROR_TOLERANCE`; false of no shapes."""
+        """Whether every component has its mirror image, left to right, within `MIRROR_TOLERANCE`; false of none.
+
+        An image has the same colour, and no other shape where both look like one.
+        """
 
         def is_image(a: Component, b: Component) -> bool:
             apart = max(abs(a.x + b.x - 1), abs(a.y - b.y))
-            return a.kind == b.kind and a.kind is not None and apart <= MIRROR_TOLERANCE
+            return a.colour == b.colour and len({a.shape, b.shape} - {None}) < 2 and apart <= MIRROR_TOLERANCE
 
         return bool(self.components) and all(any(is_image(a, b) for b in self.components) for a in self.components)
 
@@ -150,10 +153,10 @@ def attribute_accuracy(images: Sequence[np.ndarray], captions: Sequence[str]) ->
     """The share of pictures (uint8, (H, W, 3)) that show what their captions ask for, by attribute.
 
     `count`: as many shapes. `colour`, `shape`, `kind`: the colours asked for and no others, the shapes, their pairs.
-    `position`: the place, or the relation of every such pair of shapes; `symmetry`: mirrored within `MIRROR_TOLERANCE`;
-    both of the pictures whose captions ask for it (the per-picture values of the others are the share itself). `all`:
-    every shape asked for with its kind and no other, where it was asked for. An attribute that no caption asks for is
-    left out.
+    `position`: at the place, or in the relation, told by colour alone (by shape where the colours are equal), so that
+    ragged shapes hide no layout; `symmetry`: `Drawing.is_mirrored`; both of the pictures whose captions ask for it (the
+    per-picture values of the others are the share itself). `all`: every shape asked for with its kind and no other,
+    where it was asked for. An attribute that no caption asks for is left out.
 
     Raises:
         ArraError: a caption is not of the drawn shapes, or there is not one for each picture.
@@ -179,11 +182,15 @@ def _has_position(asked: Asked) -> bool:
 
 
 def _position_right(shown: Drawing, asked: Asked) -> bool:
-    of_kind = [[each for each in shown.components if each.kind == kind] for kind in asked.kinds]
-    if asked.place is not None:
-        return [each.place for each in of_kind[0]] == [asked.place]
-    if asked.relation is None or not all(of_kind):
-        return asked.relation is None
+    by_shape = len(asked.kinds) > 1 and asked.kinds[0].colour == asked.kinds[1].colour
+    of_kind = [
+        [each for each in shown.components if (each.shape == kind.shape if by_shape else each.colour == kind.colour)]
+        for kind in asked.kinds
+    ]
+    if not _has_position(asked) or not all(of_kind):
+        return not _has_position(asked)
+    if asked.relation is None:
+        return {each.place for each in of_kind[0]} == {asked.place}
     return all(holds(asked.relation, first=(a.x, a.y), second=(b.x, b.y)) for a in of_kind[0] for b in of_kind[1])
 
 

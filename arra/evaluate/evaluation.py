@@ -19,7 +19,8 @@ from torch import Tensor
 
 from arra.encoders import Encoder
 from arra.encoders.dual import DualEncoder, picture_embeddings, picture_features
-from arra.evaluate.card import Card, Evaluation, Result, measure, values_key, values_statistic
+from arra.evaluate.card import Card, Evaluation, Result, measure, measure_row, values_key, values_statistic
+from arra.evaluate.coherence import MEASURES, Standard, is_drawn, measure_coherence, open_standard
 from arra.evaluate.likelihood import Asked, likelihoods
 from arra.evaluate.retrieval import caption_ranks, class_ranks, retrieval_ranks
 from arra.evaluate.settings import EvaluateSettings
@@ -77,7 +78,20 @@ def evaluate_model(
     """The evaluation, and the painted pictures by `values_key('images', ...)`."""
     values: dict[str, Tensor] = {}
     pictures: dict[str, Tensor] = {}
+    standards: dict[str, Standard] = {}
+
+    def encode(images: np.ndarray) -> np.ndarray:
+        return encode_all(judge, torch.from_numpy(images)).cpu().numpy()
+
     for split in splits:
+        if is_drawn(split.prompts):
+            standards[split.name] = open_standard(
+                split.reconstructions.numpy(),
+                split.codes.numpy(),
+                captions=split.prompts,
+                encode=encode,
+                seed=settings.seed,
+            )
         progress(f"{split.name}: likelihood")
         found = likelihoods(
             model,
@@ -104,6 +118,17 @@ def evaluate_model(
             pictures[values_key("images", split=split.name, cfg_scale=scale)] = images
             values[values_key("features", split=split.name, cfg_scale=scale)] = features
             values |= _ranks(split, features, split.reconstruction_features, cfg_scale=scale)
+            if split.name in standards:
+                found_of = measure_coherence(
+                    images.numpy(),
+                    tokenizer.encode(images).cpu().numpy(),
+                    captions=split.prompts,
+                    encode=encode,
+                    standard=standards[split.name],
+                )
+                for metric, measured in found_of.items():
+                    key = values_key(metric, split=split.name, cfg_scale=scale)
+                    values[key] = torch.from_numpy(measured.per_picture).float()
             if caption_judge is not None and split.captions is not None:
                 ranks = caption_ranks(picture_embeddings(caption_judge, images), split.captions)
                 values[values_key("caption_ranks", split=split.name, cfg_scale=scale)] = ranks
@@ -111,7 +136,7 @@ def evaluate_model(
                 values[values_key("caption_features", split=split.name, cfg_scale=scale)] = seen
     progress("intervals")
     rows = [row for split in splits for row in model_rows(values, split.name, settings)]
-    rows += [row for split in splits for row in ceiling(split, settings, caption_judge)]
+    rows += [row for split in splits for row in ceiling(split, settings, caption_judge, standards.get(split.name))]
     return Evaluation(card=Card(run=run, protocol=protocol, results=tuple(rows)), values=values), pictures
 
 
@@ -201,6 +226,9 @@ def model_rows(values: Mapping[str, Tensor], split: str, settings: EvaluateSetti
             yield row(metric)
     for scale in settings.cfg_scales:
         yield from (row(metric, scale) for metric in _retrievals(values, split, scale))
+        start = values_key("", split=split, cfg_scale=scale)
+        names = [key.removeprefix(start) for key in values if key.startswith(start)]
+        yield from (row(name, scale) for name in names if name.partition(".")[0] in MEASURES)
         for reference in ("reconstructions", "raw"):
             for judge in ("", "caption_"):
                 if values_key(f"reference/{judge}{reference}", split=split) in values:
@@ -224,9 +252,17 @@ def _retrievals(values: Mapping[str, Tensor], split: str, cfg_scale: float | Non
 
 
 def ceiling(
-    split: HeldOutSplit, settings: EvaluateSettings, caption_judge: DualEncoder | None = None
+    split: HeldOutSplit,
+    settings: EvaluateSettings,
+    caption_judge: DualEncoder | None = None,
+    standard: Standard | None = None,
 ) -> Iterator[Result]:
     """What the tokenizer alone allows: PSNR of its reconstructions, and the distances and ranks they reach."""
+    for metric, measured in ({} if standard is None else standard.ceiling).items():
+        row = measure_row(
+            measured, metric=metric, split=split.name, num_resamples=settings.num_resamples, seed=settings.seed
+        )
+        yield dataclasses.replace(row, subject="tokenizer")
     if split.raw is None or split.raw_features is None:
         return
     mse = (split.reconstructions.double() - split.raw.double()).div(255).square().mean((1, 2, 3)).clamp(min=1e-10)

@@ -169,7 +169,8 @@ def read_labels(path: str | Path, *, ids: Sequence[str], findings: Sequence[str]
     without a column are not known of any picture. Names of columns are compared without case, blanks and underscores.
 
     Raises:
-        ArraError: no readable table, no column for any finding, a cell that means nothing, or a picture without a row.
+        ArraError: no readable table, no column for any finding, a cell that means nothing, or a picture without a row
+            or with two that differ.
     """
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
@@ -185,7 +186,12 @@ def read_labels(path: str | Path, *, ids: Sequence[str], findings: Sequence[str]
             f"{', '.join(findings)}"
         )
     of_id = names.index("id") if "id" in names else 0
-    by_id = {row[of_id]: (number, row) for number, row in enumerate(rows[1:], 2) if len(row) == len(head)}
+    by_id: dict[str, tuple[int, list[str]]] = {}
+    asked = set(ids)
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) == len(head) and row[of_id] in asked and by_id.setdefault(row[of_id], (number, row))[1] != row:
+            first = by_id[row[of_id]][0]
+            raise ArraError(f"{path}: rows {first} and {number} are both of picture {row[of_id]} and differ; keep one")
     if absent := [each for each in ids if each not in by_id]:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise ArraError(f"{path}: no whole row for picture {absent[0]}{more}; add it, or leave the picture out")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Float64, Int
 
 from arra.errors import ArraError
 from arra.evaluate.measured import Measured
@@ -42,7 +42,11 @@ class KernelDistance:
 
 
 def kid(
-    generated: Blocks, reference: Float32[np.ndarray, "M F"], *, block_images: int = BLOCK_IMAGES
+    generated: Blocks,
+    reference: Float32[np.ndarray, "M F"],
+    *,
+    partners: Int[np.ndarray, "N"] | None = None,
+    block_images: int = BLOCK_IMAGES,
 ) -> KernelDistance:
     """Squared maximum mean discrepancy x1000 under the kernel (x.y / F + 1)^3, unbiased.
 
@@ -52,19 +56,26 @@ def kid(
     second-order noise once too often (the Efron-Stein inequality). `block_images` bounds the memory and changes the
     value by rounding alone.
 
+    `partners` is for each generated picture the row of the reference that shows the same prompt, or -1. A picture is
+    more like its partner than like other pictures, so with them the value would be too small, by 2 / M of how much
+    more: such pairs are left out, as in the U-statistic for paired samples (Gretton et al. 2012, equation 3).
+
     Raises:
         ArraError: a set has fewer than two pictures, or a feature is not finite.
+        ValueError: a partner that is no row of the reference.
 
     Source: Binkowski et al. 2018, with one subset of all pictures; torch-fidelity and torchmetrics average 100 random
     subsets of 1,000, which estimates the same number with more noise.
     """
-    sums = _sum_kernel(generated, reference, kernel=_cubic, block_images=block_images)
     num, num_reference = len(generated), len(reference)
+    if partners is not None and (partners.min(initial=-1) < -1 or partners.max(initial=-1) >= num_reference):
+        raise ValueError(f"partners are not rows of {num_reference} reference pictures, or -1")
+    sums = _sum_kernel(generated, reference, kernel=_cubic, block_images=block_images, partners=partners)
     return _distance(
         within=(sums.within - sums.within_own) / (num - 1),
         within_reference=(sums.within_reference - sums.within_reference_own) / (num_reference - 1),
-        across=sums.across / num_reference,
-        across_reference=sums.across_reference / num,
+        across=sums.across,
+        across_reference=sums.across_reference,
     )
 
 
@@ -88,14 +99,14 @@ def cmmd(
     return _distance(
         within=sums.within / num,
         within_reference=sums.within_reference / num_reference,
-        across=sums.across / num_reference,
-        across_reference=sums.across_reference / num,
+        across=sums.across,
+        across_reference=sums.across_reference,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Sums:
-    """Kernel sums of each picture with all of a set, and with itself."""
+    """Kernel sums of each picture with all of its set, and with itself; its mean kernel with the other set."""
 
     within: Float64[np.ndarray, "N"]
     within_own: Float64[np.ndarray, "N"]
@@ -103,6 +114,7 @@ class _Sums:
     within_reference_own: Float64[np.ndarray, "M"]
     across: Float64[np.ndarray, "N"]
     across_reference: Float64[np.ndarray, "M"]
+    """Pictures that have a partner weigh M / (M - 1) in it, so that its mean is that of `across`."""
 
 
 def _distance(
@@ -119,8 +131,15 @@ def _distance(
 
 
 def _sum_kernel(
-    generated: np.ndarray, reference: np.ndarray, *, kernel: Kernel, block_images: int, is_unit: bool = False
+    generated: np.ndarray,
+    reference: np.ndarray,
+    *,
+    kernel: Kernel,
+    block_images: int,
+    is_unit: bool = False,
+    partners: np.ndarray | None = None,
 ) -> _Sums:
+    """Sums over all pairs; between the sets those of partners are left out."""
     for features, name in ((generated, "generated"), (reference, "reference")):
         if len(features) < 2:
             raise ArraError(f"{name} features: {len(features)} pictures, expected at least 2; evaluate on more")
@@ -145,11 +164,17 @@ def _sum_kernel(
         return sums, own
 
     across, across_reference = np.zeros(len(generated)), np.zeros(len(reference))
+    partner_of = np.full(len(generated), -1) if partners is None else partners
+    num_others = len(reference) - (partner_of >= 0)
     for rows, x in blocks(generated):
         for others, y in blocks(reference):
             products = kernel(x, y)
+            places = partner_of[rows] - others.start
+            at = np.flatnonzero((places >= 0) & (places < len(y)))  # -1 is no row of any block
+            products[at, places[at]] = 0
+            products /= num_others[rows][:, None]
             across[rows] += products.sum(1)
-            across_reference[others] += products.sum(0)
+            across_reference[others] += products.sum(0) * (len(reference) / len(generated))
     sums, own = within(generated)
     sums_reference, own_reference = within(reference)
     return _Sums(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Int
 
 from arra.errors import ArraError
 from arra.evaluate.collecting import Seen
@@ -39,7 +40,8 @@ def outputs_of(
     if of_reference:
         wanted = [metric for metric in wanted if metric in (*OF_VECTORS, "copied") and metric != "inception_score"]
     outputs = tuple(dict.fromkeys(output_of(metric) for metric in wanted))
-    return outputs, frozenset(output_of(metric) for metric in wanted if metric in FRECHET)
+    fitted = (*FRECHET, *INFINITY) if of_reference else FRECHET  # an extrapolation fits its own to parts of the set
+    return outputs, frozenset(output_of(metric) for metric in wanted if metric in fitted)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class SetMeasures:
     statistics: Mapping[str, Moments] = field(default_factory=dict)
     """Published means and covariances, by `SPACE.OUTPUT`; they stand in place of the reference's own."""
     how: HowMeasured = HowMeasured()
+    partners: Sequence[int] | None = None
+    """For each picture the row of the reference that shows the same prompt; None where they are no pairs."""
     _frechet: dict[str, FrechetTo] = field(default_factory=dict)
     _neighbours: dict[str, Neighbours] = field(default_factory=dict)
 
@@ -85,7 +89,7 @@ class SetMeasures:
                 return inception_score(seen.features, num_splits=1)
             return inception_score(seen.features, split_size=self.how.is_split)
         if metric == "kid_x1000":
-            return kid(seen.features, self._reference(key)).generated
+            return kid(seen.features, self._reference(key), partners=self._partners(key)).generated
         if metric == "cmmd":
             return cmmd(seen.features, self._reference(key)).generated
         if metric in NEIGHBOURS:
@@ -108,7 +112,20 @@ class SetMeasures:
     def _reference(self, key: str) -> np.ndarray:
         assert self.reference is not None
         features = self.reference.outputs[key].features
-        most = self.how.num_reference
-        if most is None or len(features) <= most:
-            return features
-        return np.ascontiguousarray(features[chosen_rows(len(features), most)])
+        chosen = self._chosen(key)
+        return features if len(chosen) == len(features) else np.ascontiguousarray(features[chosen])
+
+    def _chosen(self, key: str) -> Int[np.ndarray, "K"]:
+        """Which of the reference's kept vectors are compared with one by one."""
+        assert self.reference is not None
+        return chosen_rows(len(self.reference.outputs[key].features), self.how.num_reference)
+
+    def _partners(self, key: str) -> Int[np.ndarray, "N"] | None:
+        """For each kept picture the row of its partner in what `_reference` gives; -1 where it is not in there."""
+        if self.partners is None:
+            return None
+        assert self.reference is not None
+        places = np.full(self.reference.count, -1)
+        rows = self.reference.outputs[key].rows[self._chosen(key)]
+        places[rows] = np.arange(len(rows))
+        return places[np.asarray(self.partners)[self.generated.outputs[key].rows]]

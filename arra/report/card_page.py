@@ -18,6 +18,8 @@ from arra.report.measure_words import measure_meaning, measure_name
 from arra.report.style import styled_page
 
 PAGE_FILE = "card.html"
+NOT_MEASURED = "not_measured"
+"""The key of `Card.about` under which it says what could not be measured, and why."""
 MAX_HEADLINES = 4
 MAX_LISTED = 12
 """Values of a list that are written out."""
@@ -59,8 +61,32 @@ def card_page(
         nearest=nearest,
         shown=shown_picture,
         protocol=[(words(key), plain(value)) for key, value in card.protocol.items()],
-        about=[(words(key), fact_text(key, value)) for key, value in card.about.items() if key != WARNINGS],
+        missing=grouped_lines(card.about.get(NOT_MEASURED) or {}),
+        about=[
+            (words(key), fact_text(key, value))
+            for key, value in card.about.items()
+            if key not in (WARNINGS, NOT_MEASURED)
+        ],
     )
+
+
+def grouped_lines(told: Mapping[str, str]) -> list[str]:
+    """What is told of `METRIC in PLACE`, each once: `fd, kid_x1000 in dinov2-l14; fid in inception: no reference`."""
+    by_text: dict[str, dict[str, list[str]]] = {}
+    for name, text in told.items():
+        metric, _, place = name.partition(" in ")
+        by_text.setdefault(text, {}).setdefault(place, []).append(metric)
+    found = []
+    for text, places in by_text.items():
+        names = (", ".join(metrics) + (f" in {place}" if place else "") for place, metrics in places.items())
+        found.append(f"{'; '.join(names)}: {text}")
+    return found
+
+
+def mark_lines(marked: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Each mark once, after all that bear it, which are `METRIC in PLACE`."""
+    marks = dict.fromkeys(mark for _, own in marked for mark in own)
+    return [line for mark in marks for line in grouped_lines({name: mark for name, own in marked if mark in own})]
 
 
 def headline_rows(card: Card) -> tuple[Result, ...]:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +15,7 @@ from rich.text import Text
 from arra.errors import ArraError
 from arra.evaluate.card import CARD_FILE, Card, Evaluation, warnings_of
 from arra.evaluate.compare import Difference, compare
+from arra.report.card_page import mark_lines
 from arra.report.comparison_page import (
     BASELINE,
     CANDIDATE,
@@ -24,6 +27,11 @@ from arra.report.comparison_page import (
     tally,
 )
 from arra.runs import atomic_write
+
+HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+"""A SHA-256, whose beginning is enough for a terminal; the page has it whole."""
+WIDTH, GAP, LEAST_NAME = 80, 2, 12
+"""Columns of a terminal, between those of the table, and that names of measures have at least."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +62,13 @@ def compare_places(baseline: Path, candidate: Path, *, out: Path | None = None) 
         ArraError: one is not evaluated, or the two were measured differently; the line names what differs.
     """
     first, second = open_evaluation(baseline), open_evaluation(candidate)
-    differences = compare(first, second)
     page = None
-    if out is not None:
+    if out is not None:  # before the work: a place that cannot be written is better known now
         page = out if out.suffix == ".html" else out / PAGE_FILE
-        title = f"{first.card.run} and {second.card.run}"
         page.parent.mkdir(parents=True, exist_ok=True)
+    differences = compare(first, second)
+    if page is not None:
+        title = f"{first.card.run} and {second.card.run}"
         atomic_write(page, comparison_page(first.card, second.card, differences, title=title))
     return Compared(first.card, second.card, tuple(differences), page)
 
@@ -77,29 +86,26 @@ def open_evaluation(place: Path) -> Evaluation:
 
 def comparison_table(compared: Compared) -> Group:
     """What differs, for a terminal of 80 columns."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("", BASELINE, CANDIDATE, f"{CANDIDATE} - {BASELINE}, 95 % interval", "p", f"{CANDIDATE} is"):
-        is_text = heading in ("", f"{CANDIDATE} is")
-        table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading != "")
-    last, notes = "", list[str]()
-    for one in compared.differences:
-        if (place := place_of(one)) != last:
-            table.add_row(Text(place, style="bold"))
-            last = place
-        cells = comparison_cells(one)
-        verdict = "-" if cells["side"] is None else one.verdict if cells["is_clear"] else f"({one.verdict})"
-        gap = f"{cells['difference']} ({cells['interval']})"
-        table.add_row(escape(cells["name"]), cells["baseline"], cells["candidate"], gap, cells["p"], verdict)
-        notes += [f"{one.metric}, {place}: {mark}" for mark in cells["marks"]]
+    places = dict.fromkeys(place_of(one) for one in compared.differences)
+    lines = {place: [_line(one) for one in compared.differences if place_of(one) == place] for place in places}
+    headings = ("", BASELINE, CANDIDATE, f"{CANDIDATE} - {BASELINE}, 95 % interval", "p", f"{CANDIDATE} is")
+    every = [headings, *(line for group in lines.values() for line in group)]
+    widths = [max(len(line[column]) for line in every) for column in range(len(headings))]
+    widths[0] = min(widths[0], max(LEAST_NAME, WIDTH - sum(widths[1:]) - GAP * (len(headings) - 1)))
+    shown: list[RenderableType] = [_columns([headings], widths)]
+    for place, group in lines.items():
+        shown += [Text(place, style="bold"), _columns(group, widths)]
+    marked = [(f"{one.metric} in {place_of(one)}", comparison_cells(one)["marks"]) for one in compared.differences]
+    notes = mark_lines(marked)
     for label, card in ((BASELINE, compared.baseline), (CANDIDATE, compared.candidate)):
         notes += [f"{label}: {line}" for line in warnings_of(card)]
     notes += [
-        f"{name}: {first} ({BASELINE}), {second} ({CANDIDATE})"
+        HASH.sub(r"\1...", f"{name}: {first} ({BASELINE}), {second} ({CANDIDATE})")
         for name, first, second in differing_facts(compared.baseline, compared.candidate)
     ]
     return Group(
         Text(f"{BASELINE}: {compared.baseline.run}\n{CANDIDATE}: {compared.candidate.run}\n"),
-        table,
+        *shown,
         Text(
             "\np: probability of such a difference, either way, if it were noise. In brackets: not clear once "
             f"corrected for {len(compared.differences)} rows (Holm). Of other pictures, not of other training seeds."
@@ -107,3 +113,22 @@ def comparison_table(compared: Compared) -> Group:
         *(Text(note, style="dim") for note in dict.fromkeys(notes)),
         Text("\n" + tally(compared.differences), style="bold"),
     )
+
+
+def _line(one: Difference) -> tuple[str, ...]:
+    """A row of the table as text."""
+    cells = comparison_cells(one)
+    verdict = "-" if cells["side"] is None else one.verdict if cells["is_clear"] else f"({one.verdict})"
+    gap = f"{cells['difference']} ({cells['interval']})"
+    return cells["name"], cells["baseline"], cells["candidate"], gap, cells["p"], verdict
+
+
+def _columns(lines: Sequence[tuple[str, ...]], widths: Sequence[int]) -> Table:
+    """Lines in columns of these widths, words to the left and numbers to the right; only names may wrap."""
+    table = Table(box=None, padding=(0, GAP, 0, 0), show_header=False, pad_edge=False)
+    for column, width in enumerate(widths):
+        is_words = column in (0, len(widths) - 1)
+        table.add_column(width=width, justify="left" if is_words else "right", no_wrap=column > 0)
+    for line in lines:
+        table.add_row(*map(escape, line))
+    return table

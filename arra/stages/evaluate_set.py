@@ -4,6 +4,8 @@
     REFERENCE --open_reference--> pictures, statistics --kept pass--> Seen ---> measures --> metrics.json, card.html
 """
 
+import os
+import platform
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +16,17 @@ import torch
 from arra.data.openmoji import cache_folder
 from arra.distributed import Ranks, joined_ranks, own_device, set_threads
 from arra.evaluate.card import Card, Evaluation
-from arra.evaluate.collecting import Seen, collect, look_of
+from arra.evaluate.collecting import KEPT_VECTORS, Seen, collect, look_of
 from arra.evaluate.measures import outputs_of
 from arra.evaluate.references import see_reference
 from arra.evaluate.sets import PictureSet, chosen_rows
 from arra.report.card_page import PAGE_FILE, Nearest, card_page
-from arra.runs import atomic_write, writing
+from arra.runs import atomic_write, remove_unfinished, writing
 from arra.stages.process import Progress, silent
 from arra.stages.set_facts import about_set, protocol_of_set
 from arra.stages.set_measures import MeasuredSet
-from arra.stages.set_opening import Opened, looks_at, open_for_measures, open_networks
-from arra.stages.set_options import SetOptions, make_plan
+from arra.stages.set_opening import Opened, looks_at, nothing_to_measure, open_for_measures, open_networks
+from arra.stages.set_options import SetOptions, check_options, has_splits, make_plan
 from arra.stages.set_subjects import paint_for_set
 
 NUM_SHOWN, NUM_NEAREST = 64, 8
@@ -52,6 +54,7 @@ def evaluate_set(subject: Path | str, options: SetOptions, *, progress: Progress
     """
     set_threads(options.threads)
     plan = make_plan(options)
+    check_options(subject, plan, options)
     if (Path(subject) / "recipe.yaml").is_file():
         # painting takes hours: what is missing afterwards is better known before
         open_networks(plan, options, device=torch.device("cpu"), progress=progress)
@@ -65,7 +68,9 @@ def evaluate_set(subject: Path | str, options: SetOptions, *, progress: Progress
         def prepare() -> str:
             with writing(out):
                 out.mkdir(parents=True, exist_ok=True)
-                return scratch.enter_context(TemporaryDirectory(dir=out, prefix=".seen-"))
+                remove_unfinished(out)
+                mine = f".{platform.node()}-{os.getpid()}.tmp"  # what a kill leaves of it, the next evaluation removes
+                return scratch.enter_context(TemporaryDirectory(dir=out, prefix=".seen.", suffix=mine))
 
         with ExitStack() as scratch:
             folder = Path(ranks.by_first(prepare))
@@ -88,7 +93,9 @@ def _out_of(subject: Path | str, options: SetOptions) -> Path:
     if options.out is not None:
         return options.out
     path = Path(subject)
-    return path if path.is_dir() else path.with_suffix(".evaluation")
+    if path.is_dir() and not has_splits(str(path)):
+        return path
+    return path.with_name(path.name.removesuffix(".npz") + ".evaluation")
 
 
 def _see(
@@ -103,7 +110,7 @@ def _see(
         measures = [each for each in opened.plan.measures if what == "reference" or each.metric == "copied"]
         outputs, distributions = outputs_of(measures, name, of_reference=True)
         if outputs:
-            looks.append(look_of(space, outputs, distributions=sorted(distributions)))
+            looks.append(look_of(space, outputs, name=name, distributions=sorted(distributions)))
     if not looks:
         return None
     return see_reference(
@@ -113,6 +120,7 @@ def _see(
         ranks=ranks,
         device=device,
         batch_size=options.batch_size,
+        keep=KEPT_VECTORS if what == "reference" else len(pictures),  # what was copied may be any of them
         progress=lambda done, total: progress(f"looking at {what} pictures", done, total),
     )
 
@@ -120,6 +128,8 @@ def _see(
 def _written(measured: MeasuredSet, out: Path, progress: Progress) -> EvaluatedSet:
     """The card, beside its values and its page."""
     rows, values = measured.rows(progress)
+    if not rows:  # and no card, which would take the place of one that says something
+        raise nothing_to_measure(measured.opened)
     card = Card(
         run=str(measured.subject),
         protocol=protocol_of_set(measured),

@@ -32,6 +32,8 @@ from arra.stages.samples import GRID_FILE, LIST_FILE, LISTS, PICTURE, REQUEST_FI
 
 READERS = min(8, os.cpu_count() or 1)
 """Threads that decode: Pillow and zlib let others run meanwhile."""
+MAX_SIDE = 4096
+"""Pixels a side that pictures are brought to at most: greater ones, many at a time, would fill the memory."""
 LOSSY = frozenset((".jpg", ".jpeg", ".jpe", ".jfif"))
 OWN_FACTS = frozenset(("file", "seed", "prompt", "label", "class", "id"))
 """What `samples.jsonl` says of one picture; all else it says of how the set was made."""
@@ -50,8 +52,8 @@ class Fit:
     """One of `Filter`, Pillow's."""
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ArraError(f"--image-size {self.size}: expected pixels, 1 at least")
+        if self.size is not None and not 1 <= self.size <= MAX_SIDE:
+            raise ArraError(f"--image-size {self.size}: expected pixels, 1 to {MAX_SIDE:,}")
         if self.filter not in get_args(Filter):
             raise ArraError(f"--filter {self.filter}: unknown; expected one of {', '.join(get_args(Filter))}")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from arra.evaluate.card import ASKED, CLASS_BALANCE, DUPLICATES, WARNINGS, ProtocolValue, asked_hash
 from arra.evaluate.spaces import INCEPTION_FILE, InceptionSpace
+from arra.report.card_page import NOT_MEASURED
 from arra.runs import environment
 from arra.stages.picture_folders import class_balance
 from arra.stages.set_measures import MeasuredSet
@@ -43,7 +44,7 @@ def protocol_of_set(measured: MeasuredSet) -> dict[str, ProtocolValue]:
         found[f"{name}_prefix"] = protocol.prefix
     metrics = {each.metric for each in opened.plan.measures}
     if metrics & {"precision", "recall", "density", "coverage"}:
-        found["k"], found["num_reference"] = protocol.k, protocol.num_reference
+        found["k"], found["num_reference"] = protocol.k, protocol.num_reference or "all"
     if "inception_score" in metrics:
         found["is_split"] = protocol.is_split
     if options.findings is not None:
@@ -77,7 +78,7 @@ def about_set(measured: MeasuredSet) -> dict[str, Any]:
     if opened.plan.protocol.differs:
         found["protocol_and_paper"] = list(opened.plan.protocol.differs)
     left = {name: "left out by --without" for name in opened.plan.left_out}
-    found["not_measured"] = opened.not_measured | left
+    found[NOT_MEASURED] = opened.not_measured | left
     found[WARNINGS] = _warnings(measured)
     return {key: value for key, value in found.items() if value is not None or key == ASKED} | environment()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arra.errors import ArraError
 from arra.evaluate.agreement import clip_measures
-from arra.evaluate.card import Result, measure_row, row_values
+from arra.evaluate.card import Result, measure_row, row_values, values_key
 from arra.evaluate.collecting import Seen
 from arra.evaluate.findings import WORDS, findings_auroc, labels_of_prompts, read_labels
 from arra.evaluate.measured import Measured
@@ -29,6 +29,7 @@ from arra.stages.set_subjects import known_teachers
 
 ALL = "all"
 """What a card calls the split of pictures that are of none."""
+OWN_LEFT_OUT = "no picture is compared with the real one of its own prompt, which would lower it"
 FEWEST_GROUPS = 30
 """Prompts with several pictures each are resampled whole from so many on; of fewer, pictures are resampled."""
 
@@ -72,6 +73,8 @@ class MeasuredSet:
                 row = replace(row, num_images=self.seen.count)
                 rows.append(row)
                 values |= row_values(row, found)
+        if groups is not None:
+            values[values_key("groups", split=self.split)] = groups
         return rows, values
 
     @property
@@ -93,7 +96,7 @@ class MeasuredSet:
         how = HowMeasured(
             k=protocol.k, is_split=protocol.is_split, num_reference=protocol.num_reference, seed=self.options.seed
         )
-        return SetMeasures(self.seen, self.reference, statistics, how)
+        return SetMeasures(self.seen, self.reference, statistics, how, partners=self.opened.partners)
 
     def _numbers(self, measure: Measure, whole: SetMeasures) -> list[tuple[str, Measured, str | None]]:
         """Metric, number and note: of most measures one, of some one for every part."""
@@ -103,6 +106,8 @@ class MeasuredSet:
             if found is None:
                 self.opened.not_measured[told_measure(measure)] = "too few pictures to extrapolate from"
                 return []
+            if metric == "kid_x1000" and whole.partners is not None:
+                note = "; ".join(filter(None, (note, OWN_LEFT_OUT)))
             return [(metric, found, note)]
         if metric in OF_PROMPTS:
             cosines = self._cosines(str(measure.space))
@@ -115,7 +120,11 @@ class MeasuredSet:
         if metric == "findings_auroc":
             return self._findings(str(measure.space), note)
         if metric == "copied":
-            return [(metric, self._copied(str(measure.space)), note)]
+            try:
+                return [(metric, self._copied(str(measure.space)), note)]
+            except ArraError as error:  # held-out pictures that training has seen take no other number away
+                self.opened.not_measured[told_measure(measure)] = str(error)
+                return []
         raise ArraError(f"metric '{metric}': no set is measured by it")
 
     def _cosines(self, space: str) -> np.ndarray:

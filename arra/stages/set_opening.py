@@ -7,7 +7,7 @@ What cannot be measured of these sets is found here, before anything is looked a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ from arra.evaluate.protocols import Measure
 from arra.evaluate.scores import ms_ssim
 from arra.evaluate.sets import PictureSet, SomePictures, Space
 from arra.evaluate.spaces import INCEPTION, open_space
+from arra.report.card_page import grouped_lines
 from arra.stages.picture_sets import Reference, open_reference, open_set
 from arra.stages.process import Progress
-from arra.stages.set_options import OF_PROMPTS, Plan, SetOptions, sized, told_measure
+from arra.stages.set_options import OF_PROMPTS, Plan, SetOptions, has_splits, sized, told_measure
 
 PAIR = "pair.ms_ssim"
 """The output of what looks at pairs."""
@@ -60,15 +61,16 @@ def open_for_measures(
     """
     size, filter = sized(plan, options)
     progress("opening pictures", 0, 1)
-    pictures = open_set(subject, image_size=size, filter=filter, max_images=options.max_images)
-    reference = training = None
     split = options.split or plan.protocol.split
+    own_split = split if has_splits(str(subject)) else None
+    pictures = open_set(subject, image_size=size, filter=filter, max_images=options.max_images, split=own_split)
+    reference = training = None
     if options.reference is not None:
         reference = open_reference(
-            options.reference, image_size=size, filter=filter, split=split if _has_splits(options.reference) else None
+            options.reference, image_size=size, filter=filter, split=split if has_splits(options.reference) else None
         )
     if options.training is not None:
-        training_split = options.training_split if _has_splits(options.training) else None
+        training_split = options.training_split if has_splits(options.training) else None
         training = open_set(options.training, image_size=size, filter=filter, split=training_split)
     partners = _partners(pictures, reference)
     if options.partners_alone and partners is not None and reference is not None and reference.pictures is not None:
@@ -81,8 +83,7 @@ def open_for_measures(
             opened.not_measured[told_measure(each)] = why
     wanted = [each for each in plan.measures if told_measure(each) not in opened.not_measured]
     if not wanted:
-        reasons = "; ".join(f"{name}: {why}" for name, why in opened.not_measured.items())
-        raise ArraError(f"{pictures.name}: nothing to measure ({reasons}); name a reference, as in --reference FOLDER")
+        raise nothing_to_measure(opened)
     plan = replace(plan, measures=tuple(wanted))
     spaces, agreements = open_networks(plan, options, device=device, progress=progress)
     return replace(opened, plan=plan, spaces=spaces, agreements=agreements)
@@ -113,23 +114,29 @@ def open_networks(
     return spaces, agreements
 
 
-def _has_splits(place: str) -> bool:
-    """Whether a place is of several splits, of which one must be said: a store, an export, a run."""
-    path = Path(place)
-    return not (path.suffix == ".npz" or (path / "samples.jsonl").is_file()) and (
-        (path / "recipe.yaml").is_file() or (path / "manifest.json").is_file() or not path.exists()
-    )
+def nothing_to_measure(opened: Opened) -> ArraError:
+    """What is raised where no measure is left, with every reason."""
+    reasons = "; ".join(grouped_lines(opened.not_measured))
+    return ArraError(f"{opened.pictures.name}: nothing to measure ({reasons})")
 
 
 def _partners(pictures: PictureSet, reference: Reference | None) -> Sequence[int] | None:
-    """Rows of the reference, by records that both name, else by equal ids."""
+    """Rows of the reference, by records that both name, else by names that are more than numbers."""
     if reference is None or reference.pictures is None:
         return None
-    ours, theirs = pictures.records or pictures.ids, reference.pictures.records or reference.pictures.ids
+    ours, theirs = _names(pictures), _names(reference.pictures)
     places = {name: row for row, name in enumerate(theirs)}
-    if len(places) < len(theirs) or any(name not in places for name in ours):
+    if not ours or len(places) < len(theirs) or any(name not in places for name in ours):
         return None
     return [places[name] for name in ours]
+
+
+def _names(pictures: PictureSet) -> Sequence[str]:
+    """What tells each picture from those of other sets; nothing where they are numbered, as everybody's are."""
+    if pictures.records is not None:
+        return pictures.records
+    is_numbered = all(PurePosixPath(name).stem.isdecimal() for name in pictures.ids)
+    return () if is_numbered else pictures.ids
 
 
 def _why_not(measure: Measure, opened: Opened) -> str | None:
@@ -168,7 +175,7 @@ def looks_at(opened: Opened, device: torch.device) -> list[Look]:
     for name, space in opened.spaces.items():
         outputs, distributions = outputs_of(opened.plan.measures, name, of_reference=False)
         if outputs:
-            looks.append(look_of(space, outputs, distributions=sorted(distributions)))
+            looks.append(look_of(space, outputs, name=name, distributions=sorted(distributions)))
     if opened.plan.wants("ms_ssim"):
         assert opened.partners is not None
         assert opened.reference is not None

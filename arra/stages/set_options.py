@@ -72,7 +72,13 @@ class SetOptions:
         names = ["without", "weights", "image_size", "filter", "max_images", "split", "training", "teachers"]
         names += ["findings", "cfg_scale", "num_images", "out"]
         given = [name for name in names if getattr(self, name) != getattr(usual, name)]
-        return ", ".join(f"--{name.removesuffix('s').replace('_', '-')}" for name in given)
+        return ", ".join(_option(name) for name in given)
+
+    @property
+    def of_runs_alone(self) -> str:
+        """Options that were given and mean nothing where nothing is painted."""
+        names = ("num_images", "cfg_scale", "tokenizer_weights")
+        return ", ".join(_option(name) for name in names if getattr(self, name) is not None)
 
 
 @dataclass(frozen=True)
@@ -151,9 +157,43 @@ def make_plan(options: SetOptions) -> Plan:
     return Plan(protocol, tuple(kept), tuple(left))
 
 
+def check_options(subject: Path | str, plan: Plan, options: SetOptions) -> None:
+    """Nothing; every option that was given means something for this subject and plan.
+
+    Raises:
+        ArraError: one does not, so that what was meant would not be measured.
+    """
+    is_run = (Path(subject) / "recipe.yaml").is_file()
+    if (unused := options.of_runs_alone) and not is_run:
+        raise ArraError(f"{unused}: of what a run paints, and {subject} is no run; leave it out")
+    places = [place for place in (str(subject), options.reference) if place is not None]
+    if options.split is not None and not any(has_splits(place) for place in places):
+        raise ArraError(f"--split {options.split}: of stores and runs, {' and '.join(places)} have none; leave it out")
+    if options.filter is not None and sized(plan, options)[0] is None:
+        raise ArraError(f"--filter {options.filter}: nothing is resized; give --image-size too")
+    if options.findings is not None and not plan.wants("findings_auroc"):
+        raise ArraError(f"--findings {options.findings}: no findings are measured; name --protocol mimic-cxr")
+    for space in options.weights:
+        if space not in plan.spaces:
+            raise ArraError(f"--weights {space}=...: nothing is measured in it; add --space {space}, or leave this out")
+
+
+def has_splits(place: str) -> bool:
+    """Whether a place is of several splits, of which one must be said: a store, an export, a run."""
+    path = Path(place)
+    return not (path.suffix == ".npz" or (path / "samples.jsonl").is_file()) and (
+        (path / "recipe.yaml").is_file() or (path / "manifest.json").is_file() or not path.exists()
+    )
+
+
 def sized(plan: Plan, options: SetOptions) -> tuple[int | None, str]:
     """Pixels a side that sets are brought to, None where they stay as they are, and the filter."""
     return options.image_size or plan.protocol.image_size, options.filter or plan.protocol.filter
+
+
+def _option(name: str) -> str:
+    """What the command line calls a field of `SetOptions`."""
+    return "--" + {"teachers": "teacher"}.get(name, name).replace("_", "-")
 
 
 def told_measure(measure: Measure) -> str:

@@ -9,8 +9,11 @@ import io
 import json
 import random
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from threading import Barrier
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -281,6 +284,24 @@ def test_drawing() -> None:
     assert pixels[0, 0].tolist() == pixels[-1, -1].tolist() == [255] * 3  # on white
     red, green, blue = pixels[DRAWN_SIZE // 2, DRAWN_SIZE // 2]
     assert red > 180 > 100 > max(green, blue)
+
+
+def test_an_empty_cache_is_filled_once_by_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everyone, drawn = Barrier(4), list[bytes]()
+
+    def draw_all() -> bytes:
+        drawn.append(b"drawings")
+        sleep(0.02)  # long enough for the others to find that there is no file
+        return drawn[-1]
+
+    def ask(_: int) -> Path:
+        everyone.wait()
+        return openmoji_file(tmp_path)
+
+    monkeypatch.setattr(openmoji, "_draw_all", draw_all)
+    with ThreadPoolExecutor(4) as pool:
+        (path,) = set(pool.map(ask, range(4)))
+    assert (path.read_bytes(), len(drawn)) == (b"drawings", 1)
 
 
 def test_the_cache(tmp_path: Path, drawings: list[Drawing], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,13 @@ def test_a_prefix_is_part_of_the_prompt(agreement: Agreement, folder: Path, pict
     assert depicts.num_cut(PROMPTS) == 4
 
 
+def test_a_prompt_that_just_fits_is_not_cut(agreement: Agreement) -> None:
+    prompts = [" ".join(["a"] * length) for length in range(1, 30)]
+    counts = agreement.tower.num_tokens(prompts)
+    assert agreement.context in counts
+    assert [agreement.num_cut([prompt]) for prompt in prompts] == [int(count > 12) for count in counts]
+
+
 def test_measures_are_means_of_pictures() -> None:
     cosines = np.array([0.3, -0.1, 0.1])
     measures = clip_measures(cosines)

@@ -1,18 +1,19 @@
 """One pass over a set: the same whatever the batch, the sizes, the ranks; references are looked at once."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from arra.distributed import ALONE, Ranks
 from arra.errors import ArraError
 from arra.evaluate.collecting import Look, Seen, collect, look_of
 from arra.evaluate.references import see_reference
-from arra.evaluate.sets import SomePictures
+from arra.evaluate.sets import SomePictures, chosen_rows
 from tests.evaluate.toy_pictures import ToyPictures, ToySpace, drawn
 from tests.train.forked_ranks import on_ranks
 
@@ -21,7 +22,8 @@ SIDES = ((8, 8), (8, 12), (16, 4))
 
 
 def looks(**named: str) -> list[Look]:
-    return [look_of(ToySpace(**named), ["features", "logits"], distributions=["features"])]
+    space = ToySpace(**named)
+    return [look_of(space, ["features", "logits"], name=space.name, distributions=["features"])]
 
 
 @pytest.fixture
@@ -145,7 +147,13 @@ def test_a_reference_is_looked_at_once(
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"content": "two"}, {}), ({"resize": "16 -> 8 bicubic"}, {}), ({}, {"weights": "w2"}), ({}, {"name": "other"})],
+    [
+        ({"content": "two"}, {}),
+        ({"resize": "16 -> 8 bicubic"}, {}),
+        ({}, {"weights": "w2"}),
+        ({}, {"name": "other"}),
+        ({}, {"resize": "299 px"}),
+    ],
 )
 def test_whatever_could_change_it_is_seen_anew(
     change: dict[str, str], named: dict[str, str], reference: Callable[..., Seen]
@@ -167,3 +175,134 @@ def test_what_is_damaged_is_seen_anew(damage: str, tmp_path: Path, reference: Ca
     assert pictures.num_read == 20
     np.testing.assert_array_equal(again.outputs["toy.features"].features, expected)
     assert json.loads(next((tmp_path / "cache").glob("*/about.json")).read_text())["count"] == 10
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"toy.features.mean": np.zeros(11)},
+        {"toy.features.covariance": np.zeros((12, 11))},
+        {"toy.features.rows": np.arange(1, 11)},
+        {"toy.features.mean": np.zeros(12, np.float32)},
+        {"digests": np.zeros((9, 16), np.uint8)},
+        {"digests": np.zeros((10, 16))},
+        {"count": np.array(11)},
+    ],
+)
+def test_what_is_kept_of_another_shape_is_seen_anew(
+    change: dict[str, np.ndarray], tmp_path: Path, reference: Callable[..., Seen]
+) -> None:
+    pictures = ToyPictures(drawn(10))
+    reference(pictures)
+    (kept,) = (tmp_path / "cache").glob("*/moments.safetensors")
+    save_file(load_file(kept) | change, kept)
+    if "digests" in change:
+        np.save(kept.with_name("digests.npy"), change["digests"])
+    if "count" in change:
+        about = kept.with_name("about.json")
+        about.write_text(about.read_text().replace('"count": 10', '"count": 11'))
+    reference(pictures)
+    assert pictures.num_read == 20
+
+
+def test_what_is_kept_for_one_use_stays_for_another(tmp_path: Path) -> None:
+    pictures, space = ToyPictures(drawn(10)), ToySpace()
+
+    def see(outputs: list[str], distributions: list[str], keep: int) -> Seen:
+        asked = [look_of(space, outputs, name="toy", distributions=distributions)]
+        return see_reference(pictures, asked, cache=tmp_path, ranks=ALONE, device=CPU, batch_size=4, keep=keep)
+
+    uses = [
+        (["features"], ["features"], 9),
+        (["features"], [], 9),
+        (["logits"], [], 9),
+        (["features"], ["features"], 4),
+    ]
+    for _ in range(2):
+        for outputs, distributions, keep in uses:
+            seen = see(outputs, distributions, keep)
+            assert list(seen.outputs) == [f"toy.{output}" for output in outputs]
+            one = seen.outputs[f"toy.{outputs[0]}"]
+            assert len(one.features) == keep
+            assert (one.moments is not None) == bool(distributions)
+    assert pictures.num_read == 40
+
+
+def test_what_another_process_has_kept_meanwhile_stays(tmp_path: Path) -> None:
+    cache, before = tmp_path / "cache", tmp_path / "before"
+
+    def work(ranks: Ranks) -> None:
+        def after_the_first(done: int, total: int) -> None:
+            if done == 4:
+                ranks.barrier()  # neither has found anything kept
+            if done == total and ranks.rank == 1:
+                ranks.barrier()
+
+        pictures = ToyPictures(drawn(10))
+        found = see_reference(
+            pictures, looks(), cache=cache, ranks=ALONE, device=CPU, batch_size=4, progress=after_the_first
+        )
+        assert pictures.num_read == 10
+        (kept,) = cache.glob("[!.]*")
+        if ranks.rank == 0:
+            before.write_text(str(kept.stat().st_ino))
+            ranks.barrier()
+        else:
+            assert before.read_text() == str(kept.stat().st_ino)
+            assert not list(cache.glob(".*"))
+        assert found.outputs["toy.features"].features.shape == (10, 12)
+
+    assert on_ranks(2, tmp_path / "store", work) == [0, 0]
+
+
+def test_what_is_not_finite_is_refused_by_name(pass_over: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = ToySpace.encode
+
+    def broken(self: ToySpace, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = usual(self, images)
+        is_broken = images[:, 0, 0, :1] == 7
+        return {**found, "logits": found["logits"].masked_fill(is_broken, torch.nan)}
+
+    monkeypatch.setattr(ToySpace, "encode", broken)
+    images = [np.full((8, side, 3), value, np.uint8) for value, side in ((3, 8), (5, 9), (7, 8), (8, 9))]
+    with pytest.raises(ArraError, match=r"toy: toy\.logits of picture 002 is not finite"):
+        pass_over(ToyPictures(images))
+
+
+def test_chosen_rows_are_of_the_whole_set() -> None:
+    rows = chosen_rows(1000, 100)
+    assert np.array_equal(rows, np.unique(rows))
+    assert np.array_equal(rows, chosen_rows(1000, 100))
+    assert all(3 <= np.sum(rows // 100 == part) <= 20 for part in range(10))
+    assert 30 <= np.sum(rows % 2) <= 70  # not of every second class alone
+    assert np.array_equal(chosen_rows(9, 9), np.arange(9))
+
+
+def test_names_of_spaces_may_have_colons_and_slashes(tmp_path: Path) -> None:
+    names = ("open_clip:hf-hub:org/net", "python:judges:mine")
+    asked = [look_of(ToySpace(), ["features"], name=name) for name in names]
+    pictures = ToyPictures(drawn(5))
+    for _ in range(2):
+        seen = see_reference(pictures, asked, cache=tmp_path, ranks=ALONE, device=CPU, batch_size=4)
+        assert list(seen.outputs) == [f"{name}.features" for name in names]
+    assert pictures.num_read == 5
+
+
+def test_what_one_rank_cannot_read_ends_all(tmp_path: Path) -> None:
+    """The rank that meets it is not the first, which must not wait for it."""
+    pictures, folder = ToyPictures(drawn(8)), tmp_path / "ranks"
+    folder.mkdir()
+    read = pictures.read
+
+    def broken(rows: Sequence[int]) -> list[np.ndarray]:
+        if 6 in rows:
+            raise ArraError("toy/006: broken")
+        return read(rows)
+
+    pictures.read = broken  # type: ignore[method-assign]
+
+    def work(ranks: Ranks) -> None:
+        with pytest.raises(ArraError, match="toy/006: broken"):
+            collect(pictures, looks(), folder=folder, ranks=ranks, device=CPU, batch_size=2)
+
+    assert on_ranks(2, tmp_path / "store", work) == [0, 0]

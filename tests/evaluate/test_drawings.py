@@ -76,8 +76,13 @@ def test_places_and_mirrors() -> None:
     assert not attributes_of(square(kind, (0.2, 0.3), (0.7, 0.3))).is_mirrored
     assert not attributes_of(square(kind, (0.2, 0.3), (0.8, 0.3), (0.3, 0.8))).is_mirrored
     assert not attributes_of(np.full((32, 32, 3), 255, np.uint8)).is_mirrored
-    other = draw([Placed(kind, 0.2, 0.3), Placed(Kind("red", "triangle"), 0.8, 0.3)], size=48)
-    assert not attributes_of(other).is_mirrored
+    for other in (Kind("red", "triangle"), Kind("purple", "circle")):
+        image = draw([Placed(kind, 0.2, 0.3), Placed(other, 0.8, 0.3)], size=48)
+        assert not attributes_of(image).is_mirrored
+    ragged = np.full((48, 48, 3), 255, np.uint8)
+    ragged[20:23, 4:20] = ragged[20:23, 28:44] = COLOURS["purple"]
+    assert [each.shape for each in attributes_of(ragged).components].count(None) == 2
+    assert attributes_of(ragged).is_mirrored
 
 
 RED, BLUE = Kind("red", "square"), Kind("blue", "square")
@@ -100,6 +105,16 @@ WRONG = {
     ),
     "colour": ("count shape", LEFT, "one red square and one green square"),
     "place": ("count colour shape kind", [LEFT[0]], "a red square in the middle"),
+    "ragged": (
+        "count colour position",
+        [Placed(Kind("red", "circle"), 0.2, 0.5), Placed(Kind("blue", "circle"), 0.8, 0.5)],
+        "a red square left of a blue square",
+    ),
+    "one colour": (
+        "count colour shape kind",
+        [Placed(Kind("red", "circle"), 0.2, 0.5), Placed(RED, 0.8, 0.5)],
+        "a red square left of a red circle",
+    ),
     "place of two": ("colour shape kind", [LEFT[0], Placed(RED, 0.8, 0.5)], "a red square on the left"),
     "no mirror": (
         "count colour shape kind",

@@ -63,6 +63,10 @@ def test_tables_are_read(tmp_path: Path) -> None:
     path.write_text("id,Mass\na,yes\n")
     with pytest.raises(ArraError, match=r"labels\.csv: row 2, Mass: 'yes'; expected 1 \(present\)"):
         read_labels(path, ids=["a"], findings=("Mass",))
+    path.write_text("id,Mass\na,1\na,1\nb,1\nb,0\n")
+    assert read_labels(path, ids=["a"], findings=("Mass",)).values.tolist() == [[1]]
+    with pytest.raises(ArraError, match=r"labels\.csv: rows 4 and 5 are both of picture b and differ; keep one"):
+        read_labels(path, ids=["a", "b"], findings=("Mass",))
     for broken in (tmp_path / "none.csv", tmp_path):
         with pytest.raises(ArraError, match="not a readable table"):
             read_labels(broken, ids=["a"], findings=("Mass",))

@@ -156,3 +156,41 @@ def test_refusals_say_what_to_do() -> None:
     with pytest.raises(ArraError, match="reference features: picture 3 is a zero vector"):
         cmmd(x, zero)
     assert np.isfinite(kid(x, zero).generated.value)
+
+
+@pytest.mark.parametrize("block_images", [7, 1000])
+def test_kid_leaves_pairs_of_partners_out(block_images: int) -> None:
+    x, y = normal(20, 8, seed=0, shift=0.2), normal(25, 8, seed=1)
+    partners = np.random.default_rng(2).permutation(25)[:20]
+    partners[[3, 11]] = -1, partners[5]  # one without, two of one
+    kernel = (x.astype(np.float64) @ y.T.astype(np.float64) / 8 + 1) ** 3
+    means = [
+        np.delete(row, partner).mean() if partner >= 0 else row.mean()
+        for row, partner in zip(kernel, partners, strict=True)
+    ]
+    found, whole = (kid(x, y, partners=each, block_images=block_images) for each in (partners, None))
+    assert found.generated.value - whole.generated.value == pytest.approx(2000 * (kernel.mean() - np.mean(means)))
+    assert found.generated.per_picture.mean() == pytest.approx(found.generated.value)
+    assert found.reference.per_picture.mean() == pytest.approx(found.generated.value)
+    none = kid(x, y, partners=np.full(20, -1), block_images=block_images)
+    np.testing.assert_array_equal(none.generated.per_picture, whole.generated.per_picture)
+
+
+def test_kid_of_partners_is_unbiased() -> None:
+    rng = np.random.default_rng(0)
+    paired, plain = [], []
+    for _ in range(200):
+        y = rng.standard_normal((20, 4)).astype(np.float32)
+        x = (0.9 * y + np.sqrt(1 - 0.9**2) * rng.standard_normal(y.shape)).astype(np.float32)  # of y's distribution
+        paired.append(kid(x, y, partners=np.arange(20)).generated.value)
+        plain.append(kid(x, y).generated.value)
+    error = np.std(paired) / np.sqrt(200)
+    assert abs(np.mean(paired)) < 3 * error
+    assert np.mean(plain) < -6 * error
+    assert kid(y, y, partners=np.arange(20)).generated.value == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("partners", [[0, 1, 5], [0, -2, 1]])
+def test_partners_that_are_none_are_refused(partners: list[int]) -> None:
+    with pytest.raises(ValueError, match="partners are not rows of 5 reference pictures"):
+        kid(normal(3, 4, seed=0), normal(5, 4, seed=1), partners=np.array(partners))

@@ -1,7 +1,9 @@
 """Cards of sets of pictures: rows with a space of their own, what must stand beside them, and how two are compared."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +17,10 @@ import torch
 from arra.errors import ArraError
 from arra.evaluate.card import (
     ASKED,
+    CARD_FILE,
     CLASS_BALANCE,
     DUPLICATES,
+    WARNINGS,
     Card,
     Evaluation,
     Result,
@@ -246,6 +250,12 @@ def test_p_is_the_normal_tail_of_the_spread() -> None:
     assert noise_probability(0.0, np.zeros(9)) == 1
 
 
+def test_holm_steps_down() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
 def test_p_of_equals_is_uniform() -> None:
     """Two sets of one distribution: small p-values come as often as they say."""
     found = []
@@ -289,3 +299,96 @@ def test_values_that_are_of_another_set_are_refused() -> None:
     missing = {name: value for name, value in one.values.items() if "recall" not in name}
     with pytest.raises(ArraError, match=r"recall \(inception\) test: no per-picture values test/of_reference/incep"):
         compare(dataclasses.replace(one, values=missing), one)
+
+
+def with_row(card: Evaluation, metric: str, values: np.ndarray, *, num_images: int) -> Evaluation:
+    """The card with one more row, whose values are not one for each picture."""
+    one = measured(values)
+    row = dataclasses.replace(
+        measure_row(one, metric=metric, space="pixels", split="test", num_resamples=60), num_images=num_images
+    )
+    results = (*card.card.results, row)
+    return Evaluation(
+        card=dataclasses.replace(card.card, results=results), values={**card.values, **row_values(row, one)}
+    )
+
+
+def test_values_of_pairs_and_of_some_of_very_many_pictures_are_compared() -> None:
+    rng = np.random.default_rng(0)
+    pairs = rng.random(200)
+    one, other = (
+        with_row(set_card(name), "ms_ssim_within", pairs + shift, num_images=400)
+        for name, shift in (("a", 0), ("b", 0.1))
+    )
+    found = compare(one, other)[-1]
+    assert (found.metric, found.verdict, found.num_images) == ("ms_ssim_within", "worse", 400)
+    groups = {"test/groups": torch.arange(400) // 20}  # of pictures, not of pairs
+    grouped = [Evaluation(card=each.card, values={**each.values, **groups}) for each in (one, other)]
+    assert compare(*grouped)[-1].low == found.low
+    some = [with_row(set_card(name), "clip_score", pairs, num_images=50_001) for name in "ab"]
+    assert compare(*some)[-1].difference == 0
+    with pytest.raises(ArraError, match="the card says 100 pictures, its values have 200"):
+        compare(*(with_row(set_card(name), "ms_ssim_within", pairs, num_images=100) for name in "ab"))
+    with pytest.raises(ArraError, match="the card says 50000 pictures, its values have 200"):
+        compare(*(with_row(set_card(name), "clip_score", pairs, num_images=50_000) for name in "ab"))
+
+
+def test_pictures_of_one_group_are_drawn_together_also_where_one_card_says_less() -> None:
+    one, other = set_card("a"), set_card("b", seed=2, shift=0.01)
+    groups = {"test/groups": torch.arange(400) // 20}
+    grouped = [Evaluation(card=each.card, values={**each.values, **groups}) for each in (one, other)]
+    told = [compare(*pair) for pair in (grouped, (one, grouped[1]), (grouped[0], other))]
+    assert told[0] == told[1] == told[2]
+    alone = compare(one, other)
+    assert alone[0].low != told[0][0].low
+    assert alone[3] == told[0][3]  # recall: of the reference's pictures
+    renamed = Evaluation(card=other.card, values={**other.values, "test/groups": torch.arange(400) // 40})
+    assert compare(grouped[0], renamed)  # prompts that are told by record in one and by words in the other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"about": {WARNINGS: 5}}, "about.warnings must be a list"),
+        ({"about": {DUPLICATES: "many"}}, "must count pictures"),
+        ({"about": {CLASS_BALANCE: [1, 2]}}, "must count pictures"),
+        ({"about": {CLASS_BALANCE: {"0": "x"}}}, "must count pictures"),
+        ({"protocol": {"k": [3]}}, "protocol.k must be one plain value"),
+        ({"value": 10**400}, "value: 1000"),
+        ({"num_images": True}, "num_images: True is not"),
+    ],
+)
+def test_what_a_card_says_is_checked_before_it_is_shown(change: dict[str, Any], message: str) -> None:
+    content = json.loads(set_card("a").card.to_json())
+    for key, value in change.items():
+        (content if key in content else content["results"][0])[key] = value
+    with pytest.raises(ArraError, match=message):
+        Card.from_json(json.dumps(content))
+    with pytest.raises(ArraError, match="not JSON"):
+        Card.from_json("[" * 100_000)
+
+
+def test_values_that_are_not_one_number_a_picture_are_refused() -> None:
+    one = set_card("a")
+    other = Evaluation(card=one.card, values={**one.values, "test/inception.fid": torch.ones(400, 2)})
+    with pytest.raises(ArraError, match=r"has shape \(400, 2\), expected one number a picture"):
+        compare(one, other)
+    axes = dataclasses.replace(one.card, protocol={"frechet_components": "x"})
+    with pytest.raises(ArraError, match="frechet_components: 'x' is no number of axes"):
+        _ = Evaluation(card=axes, values={}).num_components
+
+
+def test_no_older_card_stands_beside_newer_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_card("a").save(tmp_path)
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == CARD_FILE:
+            raise OSError(errno.ENOSPC, "no space")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ArraError, match="cannot write the evaluation"):
+        set_card("b", seed=5).save(tmp_path)
+    with pytest.raises(ArraError, match=r"metrics\.json: missing"):
+        Evaluation.load(tmp_path)

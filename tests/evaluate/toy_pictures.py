@@ -46,8 +46,8 @@ def drawn(count: int, *, seed: int = 0, sides: Sequence[tuple[int, int]] = ((8, 
 class ToySpace:
     """Twelve numbers a picture, and three "logits"."""
 
-    def __init__(self, *, name: str = "toy", weights: str = "w1") -> None:
-        self.name, self.weights_sha256, self.family, self.resize = name, weights, "toy", "as it is"
+    def __init__(self, *, name: str = "toy", weights: str = "w1", resize: str = "as it is") -> None:
+        self.name, self.weights_sha256, self.family, self.resize = name, weights, "toy", resize
         self.sizes: Mapping[str, int] = {"features": 12, "logits": 3}
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:

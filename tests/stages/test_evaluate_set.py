@@ -1,8 +1,10 @@
 """`arra evaluate` of sets: numbers of whole pipelines, what a card says, refusals."""
 
 import json
+import platform
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from PIL import Image
 from arra.errors import ArraError
 from arra.evaluate.card import Evaluation, Result
 from arra.evaluate.moments import MomentSums, frechet
+from arra.runs import UNFINISHED
 from arra.stages import set_opening
 from arra.stages.evaluate_set import evaluate_set
 from arra.stages.evaluations import evaluate_any
@@ -33,10 +36,10 @@ def toy_spaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(set_opening, "open_space", lambda name, **_: ToySpace(name=name))
 
 
-def saved(folder: Path, images: list[np.ndarray]) -> Path:
+def saved(folder: Path, images: list[np.ndarray], *, prefix: str = "") -> Path:
     folder.mkdir(parents=True)
     for number, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{number:03d}.png")
+        Image.fromarray(image).save(folder / f"{prefix}{number:03d}.png")
     return folder
 
 
@@ -94,9 +97,9 @@ def test_a_set_against_itself_is_zero_and_told_so(tmp_path: Path, toy_spaces: No
 
 def test_pairs_training_pictures_and_teachers(tmp_path: Path, toy_spaces: None) -> None:
     real, seen = ([np.kron(image, np.ones((22, 22, 1), np.uint8)) for image in drawn(n, seed=n)] for n in (100, 9))
-    held_out, train = saved(tmp_path / "real", real), saved(tmp_path / "train", seen)
+    held_out, train = saved(tmp_path / "real", real, prefix="p"), saved(tmp_path / "train", seen)
     painted = [(0.9 * image + 10).astype(np.uint8) for image in real[:5]]
-    shutil.copy(train / "007.png", saved(tmp_path / "set", painted) / "004.png")
+    shutil.copy(train / "007.png", saved(tmp_path / "set", painted, prefix="p") / "p004.png")
     options = SetOptions(
         reference=str(held_out), protocol="deepeyenet", without=("inception", "biomedclip"), training=str(train)
     )
@@ -109,7 +112,7 @@ def test_pairs_training_pictures_and_teachers(tmp_path: Path, toy_spaces: None) 
     assert about["not_measured"]["fid in inception"] == "left out by --without"
     assert "told for 1,089 pictures, these are 5" in " ".join(about["warnings"])
     page = done.page.read_text()
-    assert "004.png and 007.png" in page
+    assert "p004.png and 007.png" in page
     assert not any(row.is_teachers for row in rows.values())
     for teacher, is_own in (("toy", True), ("dinov2-l14", False)):  # the toy space is of the family "toy"
         again = evaluated(tmp_path / "set", reference=str(held_out), spaces=(DINO,), teachers=(teacher,))
@@ -192,6 +195,70 @@ def test_a_run_paints_what_a_protocol_measures(pipeline: Pipeline, tmp_path: Pat
     assert {row["split"] for row in card["results"]} == {"train"}
 
 
+def test_numbers_that_happen_to_be_equal_make_no_pairs(tmp_path: Path, toy_spaces: None) -> None:
+    images = [np.kron(image, np.ones((22, 22, 1), np.uint8)) for image in drawn(4)]
+    folders = [saved(tmp_path / name, images) for name in ("set", "real")]
+    options: dict[str, Any] = {
+        "protocol": "deepeyenet",
+        "without": ("inception", "biomedclip"),
+        "out": tmp_path / "out",
+    }
+    found = evaluated(folders[0], reference=str(folders[1]), **options)
+    assert found.card.about["not_measured"]["ms_ssim"] == "no pairs: the reference names other pictures"
+
+
+def test_leaked_pictures_take_the_copying_check_away_and_nothing_else(tmp_path: Path, toy_spaces: None) -> None:
+    real, folder = saved(tmp_path / "real", drawn(100)), saved(tmp_path / "set", drawn(6, seed=1))
+    found = evaluated(folder, reference=str(real), training=str(real), spaces=(DINO,))
+    assert f"{DINO} fd" in rows_of(found)
+    assert "are in the training set themselves" in found.card.about["not_measured"][f"copied in {DINO}"]
+
+
+def test_what_a_killed_evaluation_left_goes_with_the_next(
+    tmp_path: Path, toy_spaces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = saved(tmp_path / "set", drawn(6)), saved(tmp_path / "real", drawn(7))
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = folder / f".seen.abc.{platform.node()}-{dead.pid}.tmp"
+    left.mkdir()
+    (left / "features").write_bytes(b"x")
+    names = list[str]()
+
+    class Looking(ToySpace):
+        def encode(self, images: Any) -> Any:
+            names.extend(path.name for path in folder.glob(".seen*"))
+            return super().encode(images)
+
+    monkeypatch.setattr(set_opening, "open_space", lambda name, **_: Looking(name=name))
+    evaluated(folder, reference=str(real), spaces=(DINO,))
+    assert [name for name in names if not UNFINISHED.match(name)] == []
+    assert len(set(names)) == 1
+    assert not [*folder.glob(".*")]
+
+
+def test_what_measures_nothing_leaves_the_card_that_is_there(tmp_path: Path, toy_spaces: None) -> None:
+    folder = saved(tmp_path / "set", drawn(6))
+    evaluated(folder, reference=str(saved(tmp_path / "real", drawn(7))), spaces=(DINO,))
+    before = (folder / "metrics.json").read_bytes()
+    with pytest.raises(
+        ArraError, match=r"nothing to measure \(fd, .* in dinov2-l14; fid, kid_x1000 in inception;.*: no r"
+    ):
+        evaluated(folder)
+    assert (folder / "metrics.json").read_bytes() == before
+
+
+def test_a_split_of_a_store_is_measured_beside_the_store(pipeline: Pipeline, tmp_path: Path, toy_spaces: None) -> None:
+    done = evaluate_set(
+        pipeline.store,
+        SetOptions(
+            reference=str(saved(tmp_path / "real", drawn(7))), spaces=(DINO,), split="train", out=None, num_resamples=20
+        ),
+    )
+    assert done.folder == pipeline.store.with_name(f"{pipeline.store.name}.evaluation")
+    shutil.rmtree(done.folder)
+
+
 REFUSALS = [
     ({"protocol": "mimic"}, "protocol 'mimic': unknown; did you mean 'mimic-cxr'?"),
     ({"spaces": ("dino",)}, "space 'dino': unknown"),
@@ -199,6 +266,12 @@ REFUSALS = [
     ({"spaces": (DINO,), "without": (DINO,)}, "--without: nothing of spaces is left"),
     ({"spaces": (DINO,)}, "nothing to measure .*no reference; name one, as in --reference FOLDER"),
     ({"spaces": (DINO,), "reference": "nowhere"}, "nowhere"),
+    ({"spaces": (DINO,), "reference": "", "split": "test"}, "--split test: of stores and runs, .* have none"),
+    ({"spaces": (DINO,), "num_images": 4, "cfg_scale": 2.0}, "--num-images, --cfg-scale: of what a run paints"),
+    ({"spaces": (DINO,), "filter": "box"}, "--filter box: nothing is resized; give --image-size too"),
+    ({"spaces": (DINO,), "findings": Path("x.csv")}, "--findings x.csv: no findings are measured"),
+    ({"spaces": (DINO,), "weights": {"inception": "w.pth"}}, "--weights inception=...: nothing is measured in it"),
+    ({"spaces": (DINO,), "image_size": 5000}, "--image-size 5000: expected pixels, 1 to 4,096"),
     ({"spaces": (DINO,), "filter": "nearest", "image_size": 8}, "--filter nearest"),
 ]
 
