@@ -195,7 +195,7 @@ def _sources() -> Iterator[str]:
 
 
 def _protocols() -> Iterator[str]:
-    """What `arra evaluate --protocol` takes, with the networks that each needs."""
+    """Names of what `arra evaluate` measures, with the networks that each needs."""
     from arra.evaluate.protocols import PROTOCOLS
 
     for protocol in PROTOCOLS.values():

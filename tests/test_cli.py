@@ -93,7 +93,10 @@ def test_help_names_every_command(run_arra):
             ["generate", "nowhere", "--prompt", "x", "--seeds", "3-1"],
             "--seeds 3-1: expected numbers as in 0-7 or 1,5,9",
         ),
-        (["evaluate", "nowhere"], "nowhere: not a run, no such folder"),
+        (
+            ["evaluate", "nowhere"],
+            "nowhere: does not exist; expected a folder of pictures or of arra generate, an .npz",
+        ),
         (["report", "nowhere"], "nowhere: not a run, no such folder"),
         (["list", "encodres"], "list: 'encodres' is unknown; expected one of encoders, tokenizers, models, recipes"),
     ],

@@ -45,8 +45,7 @@ class ImageRef:
 
     kind: Literal["file", "slice", "parquet", "dataset", "stream", "embedded"]
     """A whole file; bytes of a file (a member of a tar); a cell of a Parquet file, of a Hugging Face data set saved on
-    disk, or the item of a streamed one; a picture of an embedded set, in a cell of its cache wherever that is, or drawn.
-    """
+    disk, or the item of a streamed one; a picture of an embedded set: a cell of its cache, or drawn when it is read."""
     path: str
     place: int = 0
     """First byte of a slice, row number of a cell, number of a streamed item, seed of a drawing."""
