@@ -99,19 +99,7 @@ class Ranks:
         Raises:
             ArraError: rank zero's, on every rank, so that none waits for it.
         """
-        found: Any = None
-        problem: str | None = None
-        if self.is_first:
-            try:
-                found = act()
-            except ArraError as error:
-                problem = str(error)
-                if self.size == 1:
-                    raise
-        found, problem = self.share((found, problem))
-        if problem is not None:
-            raise ArraError(problem) if self.is_first else FirstProcessError(problem)
-        return cast(T, found)
+        return cast(T, self.share(self.by_all(lambda: act() if self.is_first else None)))
 
 
 ALONE = Ranks()
