@@ -568,6 +568,9 @@ def evaluate(
     cfg_scale: Annotated[
         float | None, typer.Option("--cfg-scale", min=0, help="Guidance that a run paints these with.")
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="A run paints anew over pictures of another model or other settings.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the card; default: beside the pictures.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures looked at together.")] = 32,
     resamples: Annotated[int, typer.Option("--resamples", min=2, help="Of the bootstrap.")] = 500,
@@ -609,6 +612,7 @@ def evaluate(
         findings=findings,
         cfg_scale=cfg_scale,
         num_images=num_images,
+        replace=replace,
         tokenizer_weights=tokenizer_weights,
         out=out,
         batch_size=batch_size,

@@ -33,9 +33,6 @@ from arra.errors import ArraError
 from arra.evaluate.measured import Measured
 from arra.evaluate.spaces import EncoderSpace
 
-DEPICTS = "A photo depicts "
-"""The prefix of CLIPScore's authors."""
-
 
 class Agreement:
     """Both halves of a CLIP."""

@@ -17,8 +17,6 @@ INCEPTION, XRV, RAD_DINO, DINOV2, CLIP, CLIP_336 = (
     "inception", "xrv-densenet121", "rad-dino", "dinov2-l14", "clip-l14", "clip-l14-336",
 )  # fmt: skip
 BIOMEDCLIP = "biomedclip"
-FEW_PICTURES = 5000
-"""Below it the upward bias of a Fréchet distance is as large as the differences that papers report; KID stands by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +76,6 @@ class Protocol:
     def spaces(self) -> tuple[str, ...]:
         """Names of all networks, each once."""
         return tuple(dict.fromkeys(measure.space for measure in self.measures if measure.space is not None))
-
-    def of_space(self, space: str | None) -> tuple[Measure, ...]:
-        """What is measured in one space, or in pixels (None)."""
-        return tuple(measure for measure in self.measures if measure.space == space)
 
 
 def _in(space: str | None, *metrics: str, in_paper: bool = False, note: str | None = None) -> tuple[Measure, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from arra.encoders import Encoder
 from arra.errors import ArraError
+from arra.evaluate.card import ENOUGH_IMAGES
 from arra.evaluate.distances import FRECHET_COMPONENTS, Interval, MeanStatistic, bootstrap
 from arra.evaluate.measured import Measured
 from arra.evaluate.moments import FrechetTo, Moments, MomentSums
@@ -32,8 +33,6 @@ SSIM_LEAST_SIZE = 11
 """Pixels per side: the window of SSIM."""
 LLAMAGEN_WINDOW = 7
 """Pixels per side: scikit-image's window of SSIM unless it is told to be Gaussian."""
-UNBIASED_IMAGES = 5000
-"""From about here on the upward bias of a Frechet distance is small."""
 MOST_PSNR_DB = 100.0
 """What an exact reconstruction counts as."""
 BLOCK_PICTURES = 4096
@@ -162,7 +161,7 @@ class ReconstructionMeter:
             code_perplexity=float(entropy.exp()),
             num_codes_seen=int(self.counts.sum()),
             num_codes=self.tokenizer.num_codes,
-            is_biased=num_images < UNBIASED_IMAGES,
+            is_biased=num_images < ENOUGH_IMAGES,
             not_measured=dict(self.not_measured),
         )
 

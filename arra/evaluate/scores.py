@@ -1,7 +1,7 @@
 """Scores of generated pictures that need no distance between sets: Inception Score and MS-SSIM.
 
     logits of a space ------------> inception_score -----------> a row of the card
-    pictures, and their real ones -> ms_ssim_against (paired), ms_ssim_within (variety of a set)
+    pictures, and their real ones -> ms_ssim (of pairs), ms_ssim_within (variety of a set)
 
 Legend: B batch, N pictures, P pairs, C classes, H W pixels.
 """
@@ -101,16 +101,6 @@ def ms_ssim(images: UInt8[Tensor, "B H W 3"], others: UInt8[Tensor, "B H W 3"]) 
     with torch.no_grad():
         similarities = multiscale_structural_similarity_index_measure(one, other, data_range=1.0, reduction="none")
     return similarities.double().cpu().numpy().reshape(len(images))
-
-
-def ms_ssim_against(read: ReadPictures, read_others: ReadPictures, *, num_images: int) -> Measured:
-    """Mean MS-SSIM of each of `num_images` pictures with the other set's picture of the same number: higher is nearer.
-
-    Raises:
-        ArraError: as `ms_ssim`, a pair is of two sizes, or there is no picture.
-    """
-    rows = np.arange(num_images)
-    return _of_pairs(read, read_others, rows, rows)
 
 
 def ms_ssim_within(read: ReadPictures, *, num_images: int, num_pairs: int = 1000, seed: int = 0) -> Measured:

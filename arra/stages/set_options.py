@@ -52,6 +52,8 @@ class SetOptions:
     """That a run paints with; None is its own."""
     num_images: int | None = None
     """That a run paints; None is the protocol's, else one for every record of the split."""
+    replace: bool = False
+    """Paint anew where a run's folder holds pictures of another model or other settings."""
     tokenizer_weights: Path | None = None
     out: Path | None = None
     batch_size: int = 32
@@ -70,15 +72,15 @@ class SetOptions:
         """Options that were given and mean nothing where a run is measured as its recipe says."""
         usual = SetOptions()
         names = ["without", "weights", "image_size", "filter", "max_images", "split", "training", "teachers"]
-        names += ["findings", "cfg_scale", "num_images", "out"]
+        names += ["findings", "cfg_scale", "num_images", "replace", "out"]
         given = [name for name in names if getattr(self, name) != getattr(usual, name)]
         return ", ".join(_option(name) for name in given)
 
     @property
     def of_runs_alone(self) -> str:
         """Options that were given and mean nothing where nothing is painted."""
-        names = ("num_images", "cfg_scale", "tokenizer_weights")
-        return ", ".join(_option(name) for name in names if getattr(self, name) is not None)
+        names = ("num_images", "cfg_scale", "replace", "tokenizer_weights")
+        return ", ".join(_option(name) for name in names if getattr(self, name) not in (None, False))
 
 
 @dataclass(frozen=True)

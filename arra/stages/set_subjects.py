@@ -3,6 +3,7 @@
 RUN, protocol --arra.stages.paint--> RUN/samples/evaluation-... --> arra.stages.evaluate_set
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from arra.config import Recipe, parse_recipe
 from arra.encoders import SPECS
 from arra.runs import Run
+from arra.sample.chosen import read_chosen
 from arra.stages.evaluate import family
 from arra.stages.makers import used_choices
 from arra.stages.paint import paint
@@ -26,7 +28,7 @@ def paint_for_set(
     """The folder of what a run paints for a protocol, and the options with its reference and training pictures named.
 
     Every record of the split is painted once, each with a seed of its own; of a model of classes the classes in turn.
-    Pictures that are there already are kept.
+    Pictures that are there already are kept; those of a model that has changed are in the way unless `replace` is set.
 
     Raises:
         ArraError: no finished run, no such split, or a model of classes of which nobody says how many pictures.
@@ -41,6 +43,9 @@ def paint_for_set(
     name = f"evaluation-{'classes' if classes else split}"
     name += f"-{num_images}" if num_images is not None else ""
     name += f"-cfg{options.cfg_scale:g}" if options.cfg_scale is not None else ""
+    name += f"-seed{options.seed}" if options.seed else ""
+    if (chosen := read_chosen(folder, steps=recipe.train.steps)) is not None:  # what was painted before it stays
+        name += f"-chosen-{hashlib.sha256(chosen.model_dump_json().encode()).hexdigest()[:8]}"
     asked = Asked(labels=(ALL,)) if classes else Asked(split=split)
     count = num_images if classes else _count(folder, str(split), num_images)
     request = PaintRequest(
@@ -53,7 +58,9 @@ def paint_for_set(
     )
     out = folder / "samples" / name
     paint(
-        request, options=PaintOptions(out=out, batch_size=options.batch_size, device=options.device), progress=progress
+        request,
+        options=PaintOptions(out=out, batch_size=options.batch_size, device=options.device, replace=options.replace),
+        progress=progress,
     )
     return out, replace(
         options,

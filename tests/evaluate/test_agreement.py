@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from arra.errors import ArraError
-from arra.evaluate.agreement import DEPICTS, Agreement, clip_measures, open_agreement
+from arra.evaluate.agreement import Agreement, clip_measures, open_agreement
 from arra.evaluate.sets import Space
 from tests.encoders.toy_vision import toy_clip_folder
 
@@ -87,7 +87,7 @@ def test_scores_equal_torchmetrics(agreement: Agreement, network: Any, processor
 
 
 def test_a_prefix_is_part_of_the_prompt(agreement: Agreement, folder: Path, pictures: Tensor) -> None:
-    depicts = open_agreement("clip-b32", weights=folder, prefix=DEPICTS)
+    depicts = open_agreement("clip-b32", weights=folder, prefix="A photo depicts ")
     written = [f"A photo depicts {prompt}" for prompt in PROMPTS]
     assert depicts.scores(pictures, PROMPTS).tolist() == agreement.scores(pictures, written).tolist()
     assert depicts.num_cut(PROMPTS) == 4

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from arra.errors import ArraError
 from arra.evaluate.card import Evaluation, Result
 from arra.evaluate.moments import MomentSums, frechet
 from arra.runs import UNFINISHED
+from arra.sample.chosen import write_chosen
+from arra.sample.logits import SamplingSettings
 from arra.stages import set_opening
 from arra.stages.evaluate_set import evaluate_set
 from arra.stages.evaluations import evaluate_any
+from arra.stages.painters import load_run
 from arra.stages.set_options import SetOptions, make_plan, parse_set_options
 from tests.conftest import Pipeline
 from tests.evaluate.toy_inception import random_inception
@@ -193,6 +197,13 @@ def test_a_run_paints_what_a_protocol_measures(pipeline: Pipeline, tmp_path: Pat
     assert card["about"]["teachers"] == "efficientnet-lite0"
     assert card["about"]["cfg_scale"] is not None
     assert {row["split"] for row in card["results"]} == {"train"}
+    write_chosen(run, SamplingSettings(temperature=0.5), steps=load_run(run).recipe.train.steps, about={})
+    painted = (folder / "000000.png").read_bytes()
+    evaluate_any(run, options)  # by settings chosen since: beside what was painted before
+    assert len(list((run / "samples").glob("evaluation-*"))) == 2
+    assert (folder / "000000.png").read_bytes() == painted
+    evaluate_any(run, replace(options, seed=1))
+    assert len(list((run / "samples").glob("evaluation-*"))) == 3
 
 
 def test_numbers_that_happen_to_be_equal_make_no_pairs(tmp_path: Path, toy_spaces: None) -> None:
