@@ -116,7 +116,7 @@ def ms_ssim_within(read: ReadPictures, *, num_images: int, num_pairs: int = 1000
         raise ArraError(f"MS-SSIM within a set: {num_images} pictures, expected at least 2; evaluate on more")
     drawn = np.random.default_rng(seed).permutation(num_images)
     count = min(num_pairs, num_images // 2)
-    return _of_pairs(read, read, drawn[:count], drawn[count : 2 * count])
+    return _of_pairs(read, drawn[:count], drawn[count : 2 * count])
 
 
 def _divergences(logits: np.ndarray, split: Int[np.ndarray, "N"]) -> Float64[np.ndarray, "N"]:
@@ -149,15 +149,11 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
 
 
-def _of_pairs(
-    read: ReadPictures, read_others: ReadPictures, rows: Int[np.ndarray, "P"], others: Int[np.ndarray, "P"]
-) -> Measured:
-    if len(rows) == 0:
-        raise ArraError("MS-SSIM: 0 pictures, expected at least 1; generate some first")
+def _of_pairs(read: ReadPictures, rows: Int[np.ndarray, "P"], others: Int[np.ndarray, "P"]) -> Measured:
     values = np.empty(len(rows))
     for start in range(0, len(rows), _PAIRS_AT_ONCE):
         some = slice(start, min(start + _PAIRS_AT_ONCE, len(rows)))
-        pairs = list(zip(read(rows[some].tolist()), read_others(others[some].tolist()), strict=True))
+        pairs = list(zip(read(rows[some].tolist()), read(others[some].tolist()), strict=True))
         for place, (one, other) in enumerate(pairs, start):
             if one.shape != other.shape:
                 raise ArraError(
