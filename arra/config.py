@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -22,6 +23,7 @@ from arra.data.records import Source
 from arra.data.sources import EMBEDDED_KINDS, AnySource, SourceKind, expand_sources, source_of
 from arra.encoders import SPECS, TEXT_SPECS, EncoderChoice, check_encoder_name
 from arra.errors import ArraError
+from arra.evaluate.paper import TableRow, TableSection
 from arra.evaluate.settings import EvaluateSettings
 from arra.models.adapters import LoraSettings
 from arra.models.llamagen import SIZES
@@ -64,6 +66,11 @@ class DataSection(Settings):
     """Records per file of the store; null: a power of two that gives at most 256 files a column."""
     max_failed_fraction: float = Field(0.0, ge=0, le=1)
     """Share of the items that may fail; with more the store is not finished and the command ends with code 1."""
+    max_train_records: int | None = Field(None, gt=0)
+    """Train on at most so many records: those with the smallest hashes of their ids, the same for every store and order.
+    The store holds them all."""
+    expected_records: int | None = Field(None, gt=0)
+    """Training records that the data has, for `arra plan` before they are there; nothing else reads it."""
 
     @model_validator(mode="after")
     def _one_way_to_name_it(self) -> "DataSection":
@@ -273,6 +280,8 @@ class LanguageSection(Settings):
 
 LLM_KEYS = ("llm", "condition", "text_vocab_size", "seed")
 """What a model section may say beside `llm`; all else comes with the language model's folder."""
+MOST_BASES = 4
+"""Recipes that stand on each other."""
 PREFIX_LENGTHS = {"text": 14, "class": 1, "caption": 120}
 
 
@@ -455,6 +464,47 @@ class Recipe(Settings):
         return any(term.target == "rep" for _, term in self.align_terms())
 
 
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe's file as it is written: settings of all rows, what each row changes, what a paper has for it."""
+
+    source: str
+    settings: Tree
+    """Those of the base, with the file's own laid over them."""
+    differences: dict[str, Tree]
+    """By row."""
+    table: TableSection | None
+    facts: dict[str, TableRow]
+    """By row; empty ones where the file has no table."""
+
+    def row(self, name: str | None) -> Tree:
+        """What a row changes; nothing without a name.
+
+        Raises:
+            ArraError: there is no such row, or it is another system's.
+        """
+        if name is None:
+            return {}
+        if name not in self.differences:
+            listed = f"rows: {', '.join(self.differences)}" if self.differences else "it has none"
+            raise ArraError(f"{self.source}: no row '{name}'{_did_you_mean(name, list(self.differences))}; {listed}")
+        if self.facts[name].external:
+            raise ArraError(
+                f"{self.source}: row '{name}' is another system's, only its numbers are told; choose another"
+            )
+        return self.differences[name]
+
+
+def recipe_of_row(
+    settings: Tree, differences: Sequence[Tree], *, source: str, overrides: Sequence[str] = ()
+) -> "Recipe":
+    """Settings with differences laid over them one after another, as a recipe; `source` names them in errors."""
+    data = settings
+    for difference in differences:
+        data = _merge(data, difference)
+    return parse_recipe(_dump(data), Recipe, source=source, overrides=overrides)
+
+
 def load_recipe(path: Path | str, *, row: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe at `path` (or the built-in one of that name), with a row's differences and `a.b=c` overrides applied.
 
@@ -469,16 +519,10 @@ def load_recipe(path: Path | str, *, row: str | None = None, overrides: Sequence
 
 def parse_recipe(text: str, model: type[S], *, source: str, row: str | None = None, overrides: Sequence[str] = ()) -> S:
     """Settings of class `model` from the text of a recipe; `source` names it in errors."""
-    base = _parse_yaml(text, source)
-    rows = _take_rows(base, source)
-    difference: Tree = {}
-    if row is not None:
-        if row not in rows:
-            listed = f"rows: {', '.join(rows)}" if rows else "it has none"
-            raise ArraError(f"{source}: no row '{row}'{_did_you_mean(row, list(rows))}; {listed}")
-        difference = rows[row]
-        if "row" in model.model_fields:
-            base["row"] = row
+    file = _read_file(text, source)
+    base, difference = file.settings, file.row(row)
+    if row is not None and "row" in model.model_fields:
+        base["row"] = row
     data = _merge(base, difference)
     assigned = [_assign(data, text) for text in overrides]
     try:
@@ -499,13 +543,26 @@ def parse_recipe(text: str, model: type[S], *, source: str, row: str | None = No
 
 
 def row_names(path: Path | str) -> list[str]:
-    """The rows of a recipe file, in its order."""
-    return list(_take_rows(_parse_yaml(_read(find_recipe(path)), str(path)), str(path)))
+    """The rows of a recipe file that can be trained, in its order; other systems' rows of a table are left out."""
+    file = read_recipe_file(path)
+    return [name for name in file.differences if not file.facts[name].external]
+
+
+def read_recipe_file(path: Path | str) -> "RecipeFile":
+    """What the file at `path` (or the built-in recipe of that name) says, its base below it, before it is settings.
+
+    Raises:
+        ArraError: no such file, no YAML, or a base, a table or facts of a row that are none.
+    """
+    return _read_file(_read(find_recipe(path)), str(path))
 
 
 def dump_recipe(recipe: Settings) -> str:
     """YAML without rows that loads back to an equal recipe."""
-    data = recipe.model_dump(mode="json")
+    return _dump(recipe.model_dump(mode="json"))
+
+
+def _dump(data: Tree) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -538,6 +595,15 @@ def json_schema(model: type[Settings] = Recipe) -> Tree:
     definitions = schema.setdefault("$defs", {})
     definitions |= {f"{name}Change": _as_change(part) for name, part in list(definitions.items())}
     definitions["RecipeChange"] = change
+    if model is Recipe:  # what a file may say beside settings
+        for facts in (TableSection, TableRow):
+            of_paper = facts.model_json_schema()
+            definitions |= of_paper.pop("$defs", {})
+            definitions[facts.__name__] = of_paper
+        change["properties"] = {**change["properties"], **definitions["TableRow"]["properties"]}
+        schema["properties"]["table"] = {"$ref": "#/$defs/TableSection"}
+        schema["properties"]["base"] = {"type": "string", "description": "Recipe whose settings these are laid over."}
+        schema["required"] = [name for name in schema.get("required", []) if name != "train"]  # the base may have it
     schema["properties"]["rows"] = {
         "type": "object",
         "description": "Named variants: what differs from the settings above. `null` removes a section.",
@@ -616,6 +682,66 @@ def _parse_yaml(text: str, source: str) -> Tree:
     return data
 
 
+def _read_file(text: str, source: str, below: tuple[Path, ...] = ()) -> RecipeFile:
+    """The file with this text; `below` are files that have it as their base."""
+    data = _parse_yaml(text, source)
+    base = data.pop("base", None)
+    rows = _take_rows(data, source)
+    table = _facts(TableSection, data.pop("table", None), f"{source}: table")
+    if base is not None:
+        data = _merge(_base_settings(base, source, below), data)
+    facts: dict[str, TableRow] = {}
+    for name, difference in rows.items():
+        own: Tree = {fact: difference.pop(fact) for fact in TableRow.model_fields if fact in difference}
+        if own and table is None:
+            raise ArraError(f"{source}: rows.{name}.{next(iter(own))}: is of a paper's table; add a 'table' section")
+        facts[name] = _facts(TableRow, own, f"{source}: rows.{name}") or TableRow()
+    _check_table(table, facts, source)
+    return RecipeFile(source, data, rows, table, facts)
+
+
+def _base_settings(base: Any, source: str, below: tuple[Path, ...]) -> Tree:
+    """The settings of the recipe that a file names as its base: a built-in one, or a file in the same folder."""
+    if not isinstance(base, str) or not re.fullmatch(r"[\w-]+(\.yaml)?", base):
+        raise ArraError(
+            f"{source}: base: expected the name of a recipe, built in or beside this file, found {_show(base)}"
+        )
+    beside = Path(source).parent / f"{base.removesuffix('.yaml')}.yaml"
+    try:
+        found = beside if Path(source).is_file() and beside.is_file() else find_recipe(base)
+    except ArraError as error:
+        raise ArraError(f"{source}: base: {error}") from None
+    if found.resolve() in below or len(below) >= MOST_BASES:
+        raise ArraError(f"{source}: base: {base} stands on itself, or on more than {MOST_BASES} others; name another")
+    return _read_file(_read(found), str(found), (*below, found.resolve())).settings
+
+
+def _facts(model: type[S], data: Any, where: str) -> S | None:
+    """What a table or a row of it says beside settings."""
+    if data is None:
+        return None
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        found, message = _explain(error.errors(include_url=False)[0], data if isinstance(data, dict) else {}, model)
+        raise ArraError(f"{'.'.join([where, *map(str, found)])}: {message}") from None
+
+
+def _check_table(table: TableSection | None, facts: dict[str, TableRow], source: str) -> None:
+    """Nothing, if every fact of a row is of a column and a row that there is."""
+    for name, row in facts.items():
+        where = f"{source}: rows.{name}"
+        for column in row.expect:
+            if table is not None and column not in table.columns:
+                near = _did_you_mean(column, list(table.columns))
+                raise ArraError(
+                    f"{where}.expect.{column}: no column of the table{near}; it has {', '.join(table.columns)}"
+                )
+        if row.against is not None and (row.against not in facts or row.against == name):
+            near = _did_you_mean(row.against, list(facts))
+            raise ArraError(f"{where}.against: '{row.against}' is no other row of the table{near}")
+
+
 def _take_rows(base: Tree, source: str) -> dict[str, Tree]:
     rows = base.pop("rows", None)
     rows = {} if rows is None else rows
@@ -624,7 +750,7 @@ def _take_rows(base: Tree, source: str) -> dict[str, Tree]:
     for name, difference in rows.items():
         if difference is not None and not isinstance(difference, dict):
             raise ArraError(f"{source}: rows.{name}: expected what differs from the base, found {_show(difference)}")
-    return {name: difference or {} for name, difference in rows.items()}
+    return {name: dict(difference or {}) for name, difference in rows.items()}
 
 
 # Merging
