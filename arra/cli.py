@@ -896,6 +896,72 @@ def lab(
 
 
 @app.command()
+def reproduce(
+    tables: Annotated[list[str], typer.Argument(help="Recipes with a table of a paper: files or built-in names.")],
+    rows: Annotated[
+        str | None,
+        typer.Option("--rows", help="Rows with commas between, and those they are held against; default: all."),
+    ] = None,
+    scale: Annotated[
+        str, typer.Option("--scale", help="embedded: small models on embedded data; full: the recipes as they stand.")
+    ] = "embedded",
+    seeds: Annotated[int, typer.Option("--seeds", help="Training seeds of every row.")] = 3,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder of stores, runs and results; run again to continue.")
+    ] = Path("runs/paper"),
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes", help="Runs at a time, one thread each; 0: all in this process; default: the cores."
+        ),
+    ] = None,
+    devices: Annotated[
+        str | None, typer.Option("--devices", help="Accelerators with commas between, as in 0,1,2,3; a run on each.")
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option("--ranks", help="Processes of every training (torchrun), each on a device of its own.")
+    ] = 1,
+    shard: ShardOption = None,
+    equal_compute: Annotated[
+        bool | None,
+        typer.Option(
+            "--equal-compute/--own-steps",
+            help="Rows get the compute of their recipe without alignment, or its steps; default: equal if embedded.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List rows and their settings, and leave.")] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Tables of the paper, whole: prepare, train, evaluate, and the paper's numbers beside ours with verdicts.
+
+    What several rows share is done once; the same command continues. Ends with code 1 if a run failed.
+
+    Example: arra reproduce table1 --scale embedded
+
+    Example: arra reproduce table1 --scale full --rows arra-hybnext --devices 0,1,2,3,4,5,6,7 --ranks 8
+    """
+    from arra.stages.reproduce import list_rows, parse_options, run_reproduce
+
+    options = parse_options(
+        tables=tables,
+        rows=rows,
+        scale=scale,
+        seeds=seeds,
+        processes=processes,
+        devices=devices,
+        ranks=ranks,
+        shard=shard,
+        equal_compute=equal_compute,
+        overrides=overrides or (),
+    )
+    if dry_run:
+        _console().print(list_rows(options))
+        return
+    done = run_reproduce(options, out, console=_console())
+    raise typer.Exit(1 if done.failures else 0)
+
+
+@app.command()
 def checkpoint(
     run: Annotated[Path, typer.Argument(help="A run, finished or not.")],
     step: Annotated[str, typer.Option("--step", help="A step, newest, or best (lowest validation loss).")] = "newest",

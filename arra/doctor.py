@@ -3,9 +3,11 @@
 import importlib.util
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -213,8 +215,16 @@ def _presets() -> Iterator[str]:
 
 
 def _recipes() -> Iterator[str]:
-    from arra.config import recipes_folder, row_names
+    from arra.config import read_recipe_file, recipes_folder, row_names
 
     for path in sorted(recipes_folder().glob("*.yaml")):
-        rows = row_names(path)
-        yield f"{path.stem}  " + (f"rows: {', '.join(rows)}" if rows else "no rows")
+        table, rows = read_recipe_file(path).table, row_names(path)
+        about = _first_sentence(path.read_text(encoding="utf-8")) if table is None else f"{table.title}: {table.about}"
+        yield f"{path.stem}  {about.rstrip('.')}; " + (f"rows: {', '.join(rows)}" if rows else "no rows")
+
+
+def _first_sentence(recipe: str) -> str:
+    """What the comment at the top of a recipe says first, on one line."""
+    lines = takewhile(lambda line: line.startswith("#"), recipe.splitlines())
+    said = " ".join(line.removeprefix("#").strip() for line in lines if "yaml-language-server" not in line)
+    return re.split(r"\.(?:\s|$)", said, maxsplit=1)[0]

@@ -234,7 +234,12 @@ def test_doctor_finds_what_the_demo_needs(run_arra, tmp_path: Path, monkeypatch:
         ("encoders", "efficientnet-lite0  mean, 1280 features (also patches); 128 px"),
         ("tokenizers", "openmoji-vq4  ships with the package"),
         ("models", "llamagen-b  12 layers, width 768, 12 heads, 111M parameters (class-conditional)"),
-        ("recipes", "demo  rows: baseline, aligned, shuffled"),
+        (
+            "recipes",
+            "demo  The main job on the embedded data set: `arra demo` trains `baseline` and `aligned`, paints and "
+            "compares; rows: baseline, aligned, shuffled",
+        ),
+        ("recipes", "table1  Table 1: Impact of different alignment mechanism"),
         ("presets", "llamagen-t2i  cfg_scale 7.5, top_k 1000; captions; FoundationVision/LlamaGen"),
     ],
 )

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from arra.data.columns import FAILURES_FILE, folder_lock, write_table
-from arra.data.records import Failure, Found, ImageRef, Record, Skipped, Source, source_names
+from arra.data.records import Failure, Found, ImageRef, Record, Skipped, Source, name_hash, source_names
 from arra.data.store import FORMAT, RECORDS, SCHEMA, Store
 from arra.errors import ArraError
 from arra.runs import atomic_write, is_alive, writing
@@ -186,7 +186,7 @@ class _Scan:
             return f"label {record.label}; expected a class number of 0..{(num_classes or 2**31) - 1}"
         if not SPLIT.fullmatch(record.split):
             return f"split {record.split[:64]!r}; expected letters, digits, '.', '_' or '-'"
-        number = int.from_bytes(hashlib.sha256(record.id.encode()).digest()[:8], "big")
+        number = name_hash(record.id)
         if number in self.seen:
             return "listed twice; keep one line, or give the records ids of their own"
         self.seen.add(number)
@@ -240,7 +240,7 @@ class _Scan:
         else whole classes would be held out."""
         named = label is not None and label < len(self.classes) and prompt == self.classes[label]
         text = "" if named else " ".join(prompt.lower().split())
-        return int.from_bytes(hashlib.sha256((text or record_id).encode()).digest()[:8], "big")
+        return name_hash(text or record_id)
 
     def _regrouped(self, size: int) -> Iterator[list[dict[str, Any]]]:
         rows: list[dict[str, Any]] = []

@@ -5,6 +5,7 @@ First stage of the pipeline. A source tells of every item it meets: a `Record`, 
 """
 
 import errno
+import hashlib
 import io
 import json
 import lzma
@@ -147,6 +148,11 @@ class Source(Settings):
     def attribution(self) -> str:
         """Credit line that must stand beside the pictures; empty where none is asked for."""
         return ""
+
+
+def name_hash(name: str) -> int:
+    """A 64-bit number that an id or a caption alone decides; no two ids of a store have the same."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def source_names(sources: Sequence[Source]) -> list[str]:

@@ -17,6 +17,10 @@ Captions are a grammar that `write_caption` and `read_caption` know both ways:
 Splits: `train`, `validation` and `test` are drawn alike (a caption of `test` may be one of training, its picture is
 another); in `composed` every caption names one of the `HELD_OUT` pairs of colour and shape, which no other split shows.
 
+With `classes: true` the pictures are of 24 classes, for models that are asked for a class: each shows one shape, its
+colour and form are its class, called as its caption (`one red circle`), so that it can be read back as well; it stands
+anywhere. A model cannot compose classes that it never saw, so no pair is held out, and there is no `composed`.
+
 Coordinates are shares of a side: x to the right, y down, (0, 0) the top left corner.
 """
 
@@ -25,7 +29,7 @@ import io
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal, get_args
 
@@ -97,6 +101,8 @@ HELD_OUT = frozenset(
 )
 """Kinds that only `composed` shows; each of these colours and shapes is seen in training with others."""
 _KINDS = [Kind(colour, shape) for colour in COLOURS for shape in SHAPES]
+CLASS_NAMES = tuple(f"one {kind}" for kind in _KINDS)
+"""By label, of a set with classes."""
 _RARE, _USUAL = ([kind for kind in _KINDS if (kind in HELD_OUT) == rare] for rare in (True, False))
 
 
@@ -137,26 +143,44 @@ class ShapesSource(Source):
     num_images: int = Field(4000, ge=20)
     seed: int = Field(0, ge=0)
     """Other numbers give other pictures of the same kind."""
+    classes: bool = False
+    """Whether every picture shows one shape, whose colour and form are its class."""
 
     def scan(self) -> Iterator[Record]:
-        """The drawings by number; of 20 in a row 16 are for training, 1 for validation, 1 is test, 2 are composed."""
+        """The drawings by number; of 20 in a row 16 are for training, 1 for validation, 1 is test, 2 are composed.
+
+        With classes those two are for training as well, and every split shows its classes equally often.
+        """
+        return self._of_classes() if self.classes else self._of_captions()
+
+    def class_names(self) -> tuple[str, ...]:
+        return CLASS_NAMES if self.classes else ()
+
+    def _of_captions(self) -> Iterator[Record]:
         for number in range(self.num_images):
             split = {16: "validation", 17: "test", 18: "composed", 19: "composed"}.get(number % 20, "train")
             generator = _generator(f"{self.seed} {number}")
             caption = write_caption(draw_request(generator, held_out=split == "composed"))
-            seed = int(generator.integers(2**31))
-            yield Record(
-                f"{number:06d}",
-                ImageRef("embedded", EMBEDDED_NAME, seed, column=caption),
-                caption,
-                split,
-                group=caption,
-                where=f"{self.name}: drawing {number}",
-            )
+            yield replace(self._record(number, caption, generator), split=split, group=caption)
+
+    def _of_classes(self) -> Iterator[Record]:
+        left: dict[str, list[int]] = {}
+        for number in range(self.num_images):
+            split = {16: "validation", 17: "test"}.get(number % 20, "train")
+            generator = _generator(f"{self.seed} classes {number}")
+            if not left.get(split):  # a round of all classes in an order of its own
+                left[split] = generator.permutation(len(CLASS_NAMES)).tolist()
+            label = left[split].pop()
+            yield replace(self._record(number, CLASS_NAMES[label], generator), split=split, label=label)
+
+    def _record(self, number: int, caption: str, generator: np.random.Generator) -> Record:
+        seed = int(generator.integers(2**31))
+        image = ImageRef("embedded", EMBEDDED_NAME, seed, column=caption)
+        return Record(f"{number:06d}", image, caption, where=f"{self.name}: drawing {number}")
 
     @property
     def name(self) -> str:
-        return EMBEDDED_NAME
+        return f"{EMBEDDED_NAME}-classes" if self.classes else EMBEDDED_NAME
 
 
 def read_drawing(ref: ImageRef) -> bytes:

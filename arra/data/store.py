@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from arra.data.cells import ArrowCells, map_table
 from arra.data.columns import ColumnEntry, ColumnReader, ColumnWriter, Shape, read_entry, read_failures
-from arra.data.records import Failure
+from arra.data.records import Failure, name_hash
 from arra.errors import ArraError
 from arra.runs import atomic_write
 
@@ -263,8 +263,12 @@ class Store:
         parts = [self.records_of(shard) for shard in range(self.num_shards)]
         return pa.concat_tables([part if columns is None else part.select(list(columns)) for part in parts])
 
-    def rows(self, split: str, *, columns: Sequence[str] = ()) -> np.ndarray:
-        """Row numbers of a split's records that have a value in all the named columns.
+    def rows(self, split: str, *, columns: Sequence[str] = (), at_most: int | None = None) -> np.ndarray:
+        """Row numbers of a split's records that have a value in all the named columns, ascending.
+
+        `at_most` keeps so many records of the split, those with the smallest hashes of their ids: the same ones in any
+        order and any store of them, fewer among more. It is they that are asked for values, so none stands in for
+        one that failed.
 
         Raises:
             ArraError: no record has this split.
@@ -280,12 +284,18 @@ class Store:
             same = pc.equal(self.records_of(shard).column("split"), split)
             found.append(np.nonzero(same.to_numpy())[0] + self.shard_starts[shard])
         rows = np.concatenate(found)
+        if at_most is not None and at_most < len(rows):
+            rows = rows[np.sort(np.argsort(self._id_hashes(rows))[:at_most])]
         for name in columns:
             if self._entry(name).failed:
                 rows = rows[self.reader(name, content=False).valid()[rows]]
         if not len(rows):
             raise ArraError(f"{self.path}: every record of split '{split}' failed; see {self.path / 'failures.jsonl'}")
         return rows
+
+    def _id_hashes(self, rows: np.ndarray) -> np.ndarray:
+        ids = self.table(["id"]).column("id").take(pa.array(rows))
+        return np.fromiter((name_hash(record_id.as_py()) for record_id in ids), np.uint64, len(rows))
 
     def source_counts(self, rows: np.ndarray) -> tuple[int, ...]:
         """How many of the rows come from each source, whose records follow each other within a split."""

@@ -90,6 +90,8 @@ LARGEST = sys.float_info.max
 ENOUGH_IMAGES = 5000
 """Pictures below which a distance of `SIZE_BIASED` is marked."""
 
+PIXELS = "pixels"
+"""What a card of a set calls the space of measures that need no network."""
 ASKED = "asked_sha256"
 """Key of `Card.about`: `asked_hash` of what the pictures were asked to show."""
 CLASS_BALANCE = "class_balance"

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from arra.errors import ArraError
@@ -144,8 +144,8 @@ def compare(
         (same_pictures or row.of == "reference") and one.num_images == other.num_images
         for row, one, other in zip(rows, first, second, strict=True)
     ]
-    groups = [_groups(row, one, baseline) for row, one in zip(rows, first, strict=True)]
-    others_groups = [_groups(row, one, candidate) for row, one in zip(matched, second, strict=True)]
+    groups = [groups_of(row, one, baseline) for row, one in zip(rows, first, strict=True)]
+    others_groups = [groups_of(row, one, candidate) for row, one in zip(matched, second, strict=True)]
     for place in np.flatnonzero(paired).tolist():  # drawn together, so grouped alike: also where one card says less
         groups[place] = others_groups[place] = others_groups[place] if groups[place] is None else groups[place]
     seeds = [seed if is_paired else seed + 1 for is_paired in paired]
@@ -297,7 +297,7 @@ def _same_pictures(baseline: Evaluation, candidate: Evaluation) -> bool:
     return first.get(ASKED) is not None and first.get(ASKED) == second.get(ASKED)
 
 
-def _groups(row: Result, statistic: Statistic, evaluation: Evaluation) -> Tensor | None:
+def groups_of(row: Result, statistic: Statistic, evaluation: Evaluation) -> Int[Tensor, " N"] | None:
     """Which pictures of a row are drawn together; None where each is drawn alone."""
     groups = evaluation.values.get(values_key("groups", split=row.split))
     if row.of == "reference" or groups is None or groups.shape != (statistic.num_images,):

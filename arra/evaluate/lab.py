@@ -24,8 +24,8 @@ import numpy as np
 from jaxtyping import Float
 
 from arra.errors import ArraError
-from arra.evaluate.card import Better, Evaluation, Result, values_key
-from arra.evaluate.compare import checked_statistic, holm, require_same_protocol, student_t_quantile
+from arra.evaluate.card import ASKED, PIXELS, Better, Evaluation, Result
+from arra.evaluate.compare import checked_statistic, groups_of, holm, require_same_protocol, student_t_quantile
 from arra.evaluate.distances import LEVEL, NUM_RESAMPLES, draw_counts
 
 Space = Literal["no judge", "independent", "teacher's family", "other encoder"]
@@ -34,6 +34,8 @@ training split alone; an encoder of the teacher's family; an encoder of another 
 Verdict = Literal["better", "worse", "unclear"]
 VALIDATION = "validation_nll"
 BISECTIONS = 40
+RUNS = "held-out records"
+"""What pictures of runs were asked for: cards of runs do not say, and it is the same of all that compare."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class Measure:
     space: Space
     num_images: int | None
     """None where only the mean over pictures is known."""
+    network: str | None = None
+    """Whose vectors they are, where the card names it: `inception`, `rad-dino`; cards of sets do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +94,51 @@ class MeasureTable:
 
 
 @dataclass(frozen=True)
-class _Values:
+class Drawn:
     """A measure of one run: its value, and what it is on each resample of the pictures."""
 
     value: float
     resampled: Float[np.ndarray, " R"] | None
+
+
+class Resampled:
+    """Numbers of cards on resamples of their pictures, each worked out once, however many tables it stands in.
+
+    Pictures that were asked for the same are drawn together, as in `compare`; those of other sets on their own.
+    """
+
+    def __init__(self, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> None:
+        self.num_resamples, self.seed = num_resamples, seed
+        self._asked: list[object] = []
+        self._drawn: dict[tuple[int, tuple[object, ...]], Drawn] = {}
+        self._evaluations: dict[int, Evaluation] = {}
+
+    def of(self, result: Result, evaluation: Evaluation) -> Drawn:
+        """The number that a card has for this measurement, and its resamples.
+
+        Raises: ArraError when the card's values do not give its number.
+        """
+        place = id(evaluation)
+        self._evaluations[place] = evaluation  # as long as it lives, no other one has its id
+        if (place, result.key) not in self._drawn:
+            own = next(row for row in evaluation.card.results if row.key == result.key)
+            statistic = checked_statistic(own, evaluation)
+            draws = draw_counts(
+                statistic.num_images,
+                num_resamples=self.num_resamples,
+                seed=self.seed + (0 if own.of == "reference" else self._set_of(evaluation)),
+                groups=groups_of(own, statistic, evaluation),
+            )
+            self._drawn[place, result.key] = Drawn(own.value, np.array([statistic(counts) for counts in draws]))
+        return self._drawn[place, result.key]
+
+    def _set_of(self, evaluation: Evaluation) -> int:
+        """A number for what the pictures were asked for; where that is not known, of this evaluation alone."""
+        asked = evaluation.card.about.get(ASKED, RUNS)
+        name = id(evaluation) if asked is None else asked
+        if name not in self._asked:
+            self._asked.append(name)
+        return self._asked.index(name)
 
 
 def lab_tables(
@@ -114,6 +158,24 @@ def lab_tables(
 
     Raises: ArraError when no row is evaluated, or cards cannot be compared, as `compare`.
     """
+    resampled = Resampled(num_resamples=num_resamples, seed=seed)
+    return measure_tables(
+        evaluations, judge_is_related=judge_is_related, validation=validation, resampled=resampled, level=level
+    )
+
+
+def measure_tables(
+    evaluations: Mapping[str, Mapping[int, Evaluation]],
+    *,
+    judge_is_related: bool,
+    resampled: Resampled,
+    validation: Mapping[str, Mapping[int, float]] | None = None,
+    level: float = LEVEL,
+) -> list[MeasureTable]:
+    """As `lab_tables`, with resamples that are kept for other tables.
+
+    Raises: ArraError as `lab_tables`.
+    """
     cards = [each for by_seed in evaluations.values() for each in by_seed.values()]
     if not cards:
         raise ArraError("no evaluated run to compare; look at why they failed, and run again")
@@ -131,16 +193,17 @@ def lab_tables(
             space="no judge",
             num_images=None,
         )
-        named = {row: {s: _Values(value, None) for s, value in found.items()} for row, found in validation.items()}
+        named = {row: {s: Drawn(value, None) for s, value in found.items()} for row, found in validation.items()}
         tables.append(_table(measure, named, level=level))
+    teachers = {row.key for each in cards for row in each.card.results if row.is_teachers}
     for result in cards[0].card.results:
         if result.subject != "model" or result.reference == "raw":
             continue
         values = {
-            row: {s: _values(result, each, num_resamples=num_resamples, seed=seed) for s, each in by_seed.items()}
-            for row, by_seed in evaluations.items()
+            row: {s: resampled.of(result, each) for s, each in by_seed.items()} for row, by_seed in evaluations.items()
         }
-        tables.append(_table(_measure_of(result, judge_is_related), values, level=level))
+        own = replace(result, is_teachers=result.key in teachers)  # a row without a teacher does not know
+        tables.append(_table(_measure_of(own, judge_is_related), values, level=level))
     return tables
 
 
@@ -164,6 +227,9 @@ def half_width(*, level: float, seed_error: float | None, num_seeds: int, pictur
 
 
 def _measure_of(result: Result, judge_is_related: bool) -> Measure:
+    space: Space = space_of(result.metric, judge_is_related=judge_is_related)
+    if result.space is not None:  # the card itself says what it was measured in
+        space = "teacher's family" if result.is_teachers else "no judge" if result.space == PIXELS else "other encoder"
     return Measure(
         metric=result.metric,
         split=result.split,
@@ -171,20 +237,13 @@ def _measure_of(result: Result, judge_is_related: bool) -> Measure:
         reference=result.reference,
         better=result.better,
         unit=result.unit,
-        space=space_of(result.metric, judge_is_related=judge_is_related),
+        space=space,
         num_images=result.num_images,
+        network=result.space,
     )
 
 
-def _values(result: Result, evaluation: Evaluation, *, num_resamples: int, seed: int) -> _Values:
-    own = next(row for row in evaluation.card.results if row.key == result.key)
-    statistic = checked_statistic(own, evaluation)
-    groups = evaluation.values.get(values_key("groups", split=own.split))
-    draws = draw_counts(own.num_images, num_resamples=num_resamples, seed=seed, groups=groups)
-    return _Values(own.value, np.array([statistic(counts) for counts in draws]))
-
-
-def _table(measure: Measure, values: Mapping[str, Mapping[int, _Values]], *, level: float) -> MeasureTable:
+def _table(measure: Measure, values: Mapping[str, Mapping[int, Drawn]], *, level: float) -> MeasureTable:
     baseline, *others = values
     rows = [_row(baseline, values[baseline], None, measure=measure, level=level)]
     rows += [_row(row, values[row], values[baseline], measure=measure, level=level) for row in others if values[row]]
@@ -192,13 +251,13 @@ def _table(measure: Measure, values: Mapping[str, Mapping[int, _Values]], *, lev
 
 
 def _row(
-    row: str, own: Mapping[int, _Values], baseline: Mapping[int, _Values] | None, *, measure: Measure, level: float
+    row: str, own: Mapping[int, Drawn], baseline: Mapping[int, Drawn] | None, *, measure: Measure, level: float
 ) -> RowEstimate:
     shared = [seed for seed in own if baseline is not None and seed in baseline]
     difference = p = None
     if baseline is not None and shared:
         gaps = [
-            _Values(
+            Drawn(
                 own[seed].value - baseline[seed].value,
                 None if measure.num_images is None else _drawn(own[seed]) - _drawn(baseline[seed]),
             )
@@ -217,12 +276,12 @@ def _row(
     )
 
 
-def _drawn(values: _Values) -> np.ndarray:
+def _drawn(values: Drawn) -> np.ndarray:
     assert values.resampled is not None
     return values.resampled
 
 
-def _estimate(values: Sequence[_Values], *, level: float) -> Estimate:
+def _estimate(values: Sequence[Drawn], *, level: float) -> Estimate:
     each, count = np.array([one.value for one in values]), len(values)
     mean = float(each.mean())
     seed_error = float(each.std(ddof=1)) / math.sqrt(count) if count > 1 else None

@@ -190,8 +190,8 @@ def cell_texts(row: RowEstimate, measure: Measure) -> tuple[str, str, str, str]:
     """Mean with interval, difference with interval, corrected p-value and verdict of a row, as text."""
     p = row.p_corrected
     return (
-        _with_interval(row.mean, measure, scale=abs(row.mean.value)),
-        "" if row.difference is None else _with_interval(row.difference, measure, scale=abs(row.mean.value), sign=True),
+        estimate_text(row.mean, measure, scale=abs(row.mean.value)),
+        "" if row.difference is None else estimate_text(row.difference, measure, scale=abs(row.mean.value), sign=True),
         "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}",
         row.verdict or "",
     )
@@ -205,22 +205,24 @@ def short_count(number: int) -> str:
     return str(number)
 
 
-def _tally(counts: Mapping[str, int]) -> str:
-    return f"better in {counts['better']}, worse in {counts['worse']}, unclear in {counts['unclear']}"
-
-
-def _with_interval(one: Estimate, measure: Measure, *, scale: float, sign: bool = False) -> str:
-    value = _value(one.value, measure, scale=scale)
+def estimate_text(one: Estimate, measure: Measure, *, scale: float, sign: bool = False) -> str:
+    """A mean or a difference with its interval, in the digits of numbers as large as `scale`: `+0.4 [−0.1, 0.9]`."""
+    value = measured_text(one.value, measure, scale=scale)
     value = f"+{value}" if sign and one.value > 0 else value
     if one.low is None or one.high is None:
         return value
-    low, high = (_value(end, measure, scale=scale).removesuffix(" %") for end in (one.low, one.high))
+    low, high = (measured_text(end, measure, scale=scale).removesuffix(" %") for end in (one.low, one.high))
     return f"{value} [{low}, {high}]"
 
 
-def _value(value: float, measure: Measure, *, scale: float) -> str:
+def measured_text(value: float, measure: Measure, *, scale: float) -> str:
+    """A value of a measure in the digits of numbers as large as `scale`; small ones get more."""
     small = measure.unit not in ("fraction", "dB") and not measure.unit.startswith("nats") and scale < 1
     return number_text(value, unit=measure.unit, scale=scale, extra=2 if small else 0)
+
+
+def _tally(counts: Mapping[str, int]) -> str:
+    return f"better in {counts['better']}, worse in {counts['worse']}, unclear in {counts['unclear']}"
 
 
 def budget_cells(budgets: Iterable[RowBudget]) -> Iterator[tuple[str, ...]]:
@@ -270,7 +272,7 @@ def _table_view(table: MeasureTable) -> dict[str, Any]:
                 "verdict": verdict,
                 "bar": _bar(row.difference, table.measure, extent),
                 "seeds": ", ".join(
-                    f"{seed}: {_value(value, table.measure, scale=abs(row.mean.value))}"
+                    f"{seed}: {measured_text(value, table.measure, scale=abs(row.mean.value))}"
                     for seed, value in row.per_seed.items()
                 ),
             }

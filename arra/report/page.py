@@ -8,7 +8,6 @@ by its own policy.
 Letters: R prompts, S seeds, H height, W width.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +15,22 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from markupsafe import Markup
 
 from arra.errors import ArraError
 from arra.evaluate.card import Card, Result
 from arra.evaluate.compare import Difference, SeedDifference
 from arra.report import grids, plots
+from arra.report.bands import BAND_MEANING, SeedRun, band_drawings
+from arra.report.comparison_export import comparisons_csv, comparisons_latex, comparisons_markdown
+from arra.report.differences import recipe_differences
+from arra.report.drawing import draw
 from arra.report.measure_words import MEASURES, measure_name
 from arra.report.run_page import WATCHED, last_watched
 from arra.report.style import ACCENTS, format_seconds, interval_bar, template
+from arra.runs import atomic_write
 
-REPORT_FILE = "report.html"
+REPORT_FILE, MARKDOWN_FILE, LATEX_FILE, CSV_FILE = "report.html", "report.md", "report.tex", "report.csv"
 
 NOTE_SAME_FAMILY = (
     "The judge whose features the distances and the retrieval use is of one family with the teacher: the same kind of "
@@ -130,8 +135,9 @@ def build_report(
 ) -> Path:
     """The path of `folder/report.html`, one file with everything inside.
 
-    The headline and the first table are of the first comparison; further ones (controls) get a table each. `ceiling`
-    defaults to the tokenizer rows of the cards; `timings` are (stage, seconds); `attribution` credits the pictures.
+    With comparisons their tables lie beside it as `report.md`, `report.tex` and `report.csv`. The headline and the
+    first table are of the first comparison; further ones (controls) get a table each. `ceiling` defaults to the
+    tokenizer rows of the cards; `timings` are (stage, seconds); `attribution` credits the pictures.
 
     Raises: ArraError when there is no run, when runs show other prompts or seeds, or when the file cannot be written.
     """
@@ -140,6 +146,7 @@ def build_report(
     labels = list(dict.fromkeys(run.label for run in runs))
     colors = {label: ACCENTS[i % len(ACCENTS)] for i, label in enumerate(labels)}
     ceiling = ceiling or _ceiling_of(runs)
+    tables = [_comparison_table(one, runs, labels, is_main=i == 0) for i, one in enumerate(comparisons)]
     html = template("page.html.j2").render(
         title=title,
         labels=labels,
@@ -148,10 +155,13 @@ def build_report(
         tally=tally(comparisons[0]) if comparisons else "",
         samples=_sample_sections(runs, held_out),
         split_texts=_SPLITS,
-        comparisons=[_comparison_table(one, runs, labels, is_main=i == 0) for i, one in enumerate(comparisons)],
+        comparisons=tables,
         ceiling=[_ceiling_row(row) for row in ceiling],
         glossary=glossary([one.metric for comparison in comparisons for one in comparison.judged], ceiling),
+        drawings=_band_drawings(runs, labels),
+        band_notes=_band_notes(runs),
         curves=_curve_images(runs, colors),
+        differences=recipe_differences({run.label: run.recipe for run in reversed(runs)}),  # the first of each label
         watched=_watch_images(runs, colors),
         budgets=equal_budgets(runs),
         timings=[(stage, format_seconds(seconds)) for stage, seconds in timings],
@@ -161,12 +171,17 @@ def build_report(
         attribution=attribution,
         number=number_text,
     )
+    contents = {REPORT_FILE: html}
+    if comparisons:
+        judged = [(one.baseline, one.candidate, one.judged) for one in comparisons]
+        contents[MARKDOWN_FILE] = comparisons_markdown(tables, title=title)
+        contents[LATEX_FILE] = comparisons_latex(tables)
+        contents[CSV_FILE] = comparisons_csv(judged)
     path = folder / REPORT_FILE
-    staged = folder / (REPORT_FILE + ".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        staged.write_text(html, encoding="utf-8")
-        os.replace(staged, path)
+        for name, content in contents.items():
+            atomic_write(folder / name, content)
     except OSError as error:
         raise ArraError(f"{path}: cannot write the report ({error}); free space or choose another folder") from error
     return path
@@ -388,17 +403,25 @@ def glossary(metrics: Sequence[str], ceiling: Sequence[Result] = ()) -> list[tup
     return [MEASURES[name] for name in names if name in MEASURES]
 
 
+def _band_drawings(runs: Sequence[RunView], labels: Sequence[str]) -> list[Markup]:
+    """Validation and the quality of painted pictures by step and by time, with bands over the seeds of a label."""
+    seeds = [SeedRun(label=run.label, metrics=run.rows) for run in runs]
+    return [draw(one) for one in band_drawings(seeds, places={label: place for place, label in enumerate(labels)})]
+
+
+def _band_notes(runs: Sequence[RunView]) -> str:
+    """What must be known of the curves."""
+    several = len({run.label for run in runs}) < len(runs)
+    return (f"{BAND_MEANING} " if several else "") + (
+        "Time is that of training steps: the projector and the loss of an alignment are part of them, what its teacher "
+        "took to look at the training pictures beforehand is not."
+    )
+
+
 def _curve_images(runs: Sequence[RunView], colors: Mapping[str, str]) -> list[tuple[str, str]]:
     """(what it shows, image address) of every plot that has data."""
     pairs = [(run.label, run.rows) for run in runs]
     wanted = [
-        ("Validation NLL by step", plots.validation_curves(pairs, colors=colors, x="step"), "step", "nats per token"),
-        (
-            "Validation NLL by training time",
-            plots.validation_curves(pairs, colors=colors, x="seconds"),
-            "training seconds",
-            "nats per token",
-        ),
         (
             "Training loss, next token (running mean)",
             plots.training_curves(pairs, colors=colors, y="ntp_loss"),

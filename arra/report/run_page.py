@@ -1,30 +1,26 @@
 """The page of one training as far as it has come: where it is, its curves, what it paints, what went wrong.
 
 Place in the pipeline: `stages/live.py` reads a run's folder and writes what comes back, again and again while the run
-is trained; so the page is made in a fraction of a second: its curves are thinned and drawn by the template.
+is trained; so the page is made in a fraction of a second: its curves are thinned and drawn by a template.
 """
 
 import base64
 import io
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
+from arra.report.drawing import Drawing, Series, draw, drawn, is_finite, short_number, thinned
 from arra.report.style import ACCENTS, format_seconds, styled_page
 
 REFRESH_SECONDS = 30
-MOST_POINTS = 300
-"""Of a curve: each is then the mean of the rows that it stands for."""
 RECENT_ROWS = 20
 """By which it is told how fast a training is."""
 MOST_PREVIEW_BYTES, PREVIEW_WIDTH = 400_000, 1600
 """A larger picture is made smaller, so that the page stays quick to load."""
 MOST_TROUBLES = 20
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 540, 270, 62, 516, 12, 238
-"""Of a drawing, and the edges of its field."""
 WATCHED = {
     "cka": "CKA of states and '{encoder}', by layer",
     "linear_cosine": "Linear projector to '{encoder}', cosine",
@@ -34,7 +30,6 @@ WATCHED = {
 """Measures of a watched row that are drawn by layer, and the title."""
 
 Row = Mapping[str, Any]
-Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,41 +55,12 @@ class RunSoFar:
     attribution: str | None = None
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of a drawing."""
-
-    label: str
-    color: int
-    """Number of an accent."""
-    path: str
-    """Places of its points, x,y x,y ..."""
-    dots: tuple[tuple[float, float], ...] = ()
-    """Where the points are marked, as they are few."""
-    last: str = ""
-    """Its last value."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """Curves over steps or layers, ready to be drawn."""
-
-    title: str
-    unit: str
-    lines: tuple[Line, ...]
-    across: tuple[tuple[float, str], ...]
-    """Places and numbers of the horizontal axis."""
-    up: tuple[tuple[float, str], ...]
-    x_label: str = "step"
-
-
 def run_page(run: RunSoFar) -> str:
     """The page as HTML, which loads itself anew while the run is not finished."""
     return styled_page(
         "run.html.j2",
         labels=ACCENTS,
         colors=dict(zip(ACCENTS, ACCENTS, strict=True)),
-        accents=ACCENTS,
         run=run,
         refresh=None if run.is_finished else REFRESH_SECONDS,
         lede=where_it_is(run.rows, run.steps, is_finished=run.is_finished),
@@ -105,7 +71,7 @@ def run_page(run: RunSoFar) -> str:
         watched=list(_watched_drawings(run.rows)),
         watched_step=next((row["step"] for row in last_watched(run.rows)), None),
         previews=[(step, _picture_url(png)) for step, png in reversed(run.previews)],
-        box={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
+        draw=draw,
     )
 
 
@@ -147,15 +113,15 @@ def last_watched(rows: Sequence[Row]) -> list[Row]:
 def _facts(run: RunSoFar) -> Iterator[tuple[str, str]]:
     """What a person asks first, and the answer."""
     row = dict(next(reversed(of_kind(run.rows, "train")), {}))
-    validated = [each for each in of_kind(run.rows, "validation") if _is_finite(each.get("ntp_loss"))]
+    validated = [each for each in of_kind(run.rows, "validation") if is_finite(each.get("ntp_loss"))]
     if "ntp_loss" in row:
-        yield "Next-token loss", f"{_number(row['ntp_loss'])} nats per token"
+        yield "Next-token loss", f"{short_number(row['ntp_loss'])} nats per token"
     if validated:
         best = min(validated, key=lambda each: float(each["ntp_loss"]))
-        told = f"{_number(validated[-1]['ntp_loss'])} nats per token"
-        yield "Validation", told + f"; lowest {_number(best['ntp_loss'])} at step {best['step']:,}"
+        told = f"{short_number(validated[-1]['ntp_loss'])} nats per token"
+        yield "Validation", told + f"; lowest {short_number(best['ntp_loss'])} at step {best['step']:,}"
     for key in [key for key in row if key.partition(".")[0] == "gva_loss" and row[key] is not None]:
-        yield "Alignment" + _of_term(key), _number(row[key])
+        yield "Alignment" + _of_term(key), short_number(row[key])
     if "lr" in row:
         yield "Learning rate", f"{row['lr']:.3g}"
     speed = [
@@ -175,7 +141,7 @@ def _facts(run: RunSoFar) -> Iterator[tuple[str, str]]:
     if run.written_at is not None:
         yield "Last news", run.written_at
     if run.checkpoints:
-        names = [f"{step:,}" + ("" if loss is None else f" ({_number(loss)})") for step, loss in run.checkpoints]
+        names = [f"{step:,}" + ("" if loss is None else f" ({short_number(loss)})") for step, loss in run.checkpoints]
         yield "Checkpoints", "step " + ", ".join(names)
 
 
@@ -184,8 +150,8 @@ def _told(trouble: Row) -> dict[str, str]:
     losses = trouble.get("losses")
     loss = losses.get("loss") if isinstance(losses, Mapping) else None
     parts = [
-        f"loss {_number(loss)}" if loss is not None else "",
-        f"gradient norm {_number(trouble['grad_norm'])}" if "grad_norm" in trouble else "",
+        f"loss {short_number(loss)}" if loss is not None else "",
+        f"gradient norm {short_number(trouble['grad_norm'])}" if "grad_norm" in trouble else "",
         str(trouble.get("began", "")),
     ]
     records = trouble.get("records_with_nonfinite_states") or trouble.get("records")
@@ -226,7 +192,7 @@ def _drawings(rows: Sequence[Row]) -> Iterator[Drawing]:
     yield from _drawing("Use of the device", "%", shares, scale=100.0)
     measured = of_kind(rows, "quality")
     for key in dict.fromkeys(key for row in measured for key in row if key not in ("kind", "step", "seconds")):
-        yield from _drawing(_quality_name(key), "of pictures painted on the way", [(key, measured, key)])
+        yield from _drawing(quality_name(key), "of pictures painted on the way", [(key, measured, key)])
 
 
 def _watched_drawings(rows: Sequence[Row]) -> Iterator[Drawing]:
@@ -235,7 +201,8 @@ def _watched_drawings(rows: Sequence[Row]) -> Iterator[Drawing]:
     for encoder in dict.fromkeys(row["encoder"] for row in own):
         for key, title in WATCHED.items():
             points = [(float(row["layer"]), float(row[key])) for row in own if row["encoder"] == encoder and key in row]
-            yield from _drawn(title.format(encoder=encoder), "", [(encoder, points)], x_label="layer", floor=0.0)
+            series = [Series(label=encoder, points=points)]
+            yield from drawn(title.format(encoder=encoder), series, x_label="layer", says_last=False, floor=0.0)
 
 
 def _drawing(
@@ -249,84 +216,9 @@ def _drawing(
     """The drawing of some columns over the step, unless none of them has a number."""
     found = []
     for label, rows, key in curves:
-        points = [(float(row["step"]), scale * float(row[key])) for row in rows if _is_finite(row.get(key))]
-        found.append((label, thinned(points)))
-    yield from _drawn(title, unit, found, skips_start=skips_start)
-
-
-def _drawn(
-    title: str,
-    unit: str,
-    curves: Sequence[tuple[str, Points]],
-    *,
-    x_label: str = "step",
-    skips_start: bool = False,
-    floor: float | None = None,
-) -> Iterator[Drawing]:
-    """The drawing of curves that have points; the first steps, which fall from far above, need not fit in."""
-    curves = [(label, points) for label, points in curves if points]
-    if not curves:
-        return
-    low, high = _span([x for _, points in curves for x, _ in points])
-    begin = high * 0.15 if skips_start else -math.inf
-    shown = [y for _, points in curves for x, y in points if x >= begin]
-    bottom, top = _span([*shown, *([] if floor is None else [floor])])
-    margin = 0.06 * (top - bottom)
-    bottom, top = bottom - margin, top + margin
-    to_x, to_y = _scale(low, high, (LEFT, RIGHT)), _scale(bottom, top, (BOTTOM, TOP))
-    lines = []
-    for number, (label, points) in enumerate(curves):
-        # far outside the field a point is as good as at its edge, and large numbers upset some browsers
-        places = [(to_x(x), min(max(to_y(y), -HEIGHT), 2.0 * HEIGHT)) for x, y in points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        dots = tuple(places) if len(places) <= 40 else ()
-        lines.append(Line(label, number % len(ACCENTS), path, dots, _number(points[-1][1])))
-    yield Drawing(
-        title,
-        unit,
-        tuple(lines),
-        tuple((to_x(value), text) for value, text in ticks(low, high, most=6)),
-        tuple((to_y(value), text) for value, text in ticks(bottom, top, most=6)),
-        x_label,
-    )
-
-
-def thinned(points: Points) -> list[tuple[float, float]]:
-    """At most `MOST_POINTS`: means of neighbours, each at the place of its last."""
-    size = -(-len(points) // MOST_POINTS)
-    if size < 2:
-        return list(points)
-    parts = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(part[-1][0], math.fsum(y for _, y in part) / len(part)) for part in parts]
-
-
-def ticks(low: float, high: float, *, most: int) -> list[tuple[float, str]]:
-    """Round numbers from `low` to `high`, at most so many, and how they are written."""
-    rough = (high - low) / most
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * times for times in (1, 2, 5, 10) if unit * times >= rough)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    small = digits > 4  # learning rates
-    return [
-        (number * step, f"{number * step:.6g}" if small else f"{number * step:,.{digits}f}".replace("-", "−"))
-        for number in range(first, last + 1)
-    ]
-
-
-def _span(values: Sequence[float]) -> tuple[float, float]:
-    """The least and the greatest, set apart where they are one."""
-    low, high = min(values), max(values)
-    if high - low > 1e-12 * max(abs(low), abs(high)):
-        return low, high
-    around = abs(low) * 0.1 or 1.0
-    return low - around, high + around
-
-
-def _scale(low: float, high: float, places: tuple[int, int]) -> Callable[[float], float]:
-    """Where a value stands between two places of a drawing."""
-    first, last = places
-    return lambda value: round(first + (value - low) / (high - low) * (last - first), 1)
+        points = [(float(row["step"]), scale * float(row[key])) for row in rows if is_finite(row.get(key))]
+        found.append(Series(label=label, points=thinned(points)))
+    yield from drawn(title, found, unit=unit, skips_start=skips_start)
 
 
 def _picture_url(png: bytes) -> str:
@@ -344,18 +236,6 @@ def _picture_url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _number(value: Any) -> str:
-    """Four digits that count, with a true minus sign; what is no number as it is."""
-    if not _is_finite(value):
-        return str(value)
-    text = f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.3g}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
-    return text.replace("-", "−") if "e" not in text else text
-
-
 def _term(key: str) -> str:
     return key.partition(".")[2] or "main"
 
@@ -365,5 +245,6 @@ def _of_term(key: str) -> str:
     return f" '{term}'" if term else ""
 
 
-def _quality_name(key: str) -> str:
+def quality_name(key: str) -> str:
+    """What a page calls a column of a quality row."""
     return key.replace("_", " ").capitalize()

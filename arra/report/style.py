@@ -5,6 +5,7 @@ matplotlib, which takes a second to import.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -44,6 +45,7 @@ def styled_page(
     return _environment().from_string(_source(template)).render(style=told, **values)
 
 
+@cache
 def template(name: str) -> jinja2.Template:
     """A template of this room; it escapes all that is put in."""
     return _environment().from_string(_source(name))

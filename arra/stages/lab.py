@@ -11,17 +11,14 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from arra.config import Recipe, dump_recipe, find_recipe, load_recipe
 from arra.data.store import Store
@@ -43,19 +40,14 @@ from arra.report.lab_page import (
     write_lab,
 )
 from arra.runs import Run, atomic_write, writing
+from arra.stages.compute import step_phases, steps_within, teacher_flops, total_flops
 from arra.stages.evaluate import SAME_FAMILY, current_evaluation, held_out_splits, prepare_caption_judge
-from arra.stages.makers import FeaturesMaker, build_makers, crop_of, used_choices, views_of
-from arra.stages.origin import columns_of, noted
+from arra.stages.origin import noted
 from arra.stages.painters import load_run
-from arra.stages.pictures import require_columns, tokenizer_if_given
 from arra.stages.prepare import prepare
 from arra.stages.report import grid_references, grid_samples, painted_pictures
-from arra.stages.tasks import Failure, Task, evaluate_tasks, finished, train_tasks
-from arra.stages.train import first_model
-from arra.stages.training_data import epoch_length, training_data
-from arra.train.alignment import build_alignment
-from arra.train.flops import count_flops
-from arra.train.loop import Trainer
+from arra.stages.tasks import Failure, Places, Task, evaluate_tasks, finished, train_tasks
+from arra.stages.training_data import epoch_length
 
 DEFAULT_ROWS = ("baseline", "hybnext", "at", "rep", "patch", "both")
 RESULTS_FILE = "lab.json"
@@ -76,14 +68,6 @@ class LabOptions:
     charge_teacher: bool = False
     """Whether a row's budget also pays for its teachers' pass over the training pictures."""
     overrides: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Steps that cost the same: from `start` on until the next phase."""
-
-    start: int
-    flops: int
 
 
 @dataclass(frozen=True)
@@ -150,12 +134,13 @@ def _run_stages(
     console.print(budget_table(budgets, charged=options.charge_teacher))
     tasks = list(plan_tasks(options, source, recipes, budgets, out, records=records))
     refuse_other_runs(tasks)
-    failures = train_tasks(tasks, out / "store", display, processes=options.processes, keep_going=True)
+    places = Places(options.processes)
+    failures = train_tasks(tasks, out / "store", display, places=places, keep_going=True)
     trained = [task for task in tasks if finished(task)]
     if not trained:
         raise ArraError(f"{out}: no run was trained: {failures[0].why if failures else 'nothing was asked for'}")
     waiting = not_evaluated(trained, display)
-    failures += evaluate_tasks(waiting, display, processes=options.processes, keep_going=True)
+    failures += evaluate_tasks(waiting, display, places=places, keep_going=True)
     broken = {failure.task.folder for failure in failures}
     done = [task for task in trained if task.folder not in broken]
     if not done:
@@ -229,85 +214,6 @@ def equal_compute(
         )
     display.show("compute", "counted", 1, 1)
     return budgets
-
-
-def step_phases(recipe: Recipe, store: Store) -> list[Phase]:
-    """What a training step costs, forward and backward, of model, projectors and losses; anew where a term stops.
-
-    It is counted on the row's own first batch, as the trainer runs it.
-    """
-    tokenizer = tokenizer_if_given(recipe, store)
-    require_columns(recipe, store, tokenizer, columns_of(recipe))
-    data = training_data(recipe, store, tokenizer)
-    try:
-        model = first_model(recipe, data)
-        alignment, starts = None, {0}
-        if recipe.align is not None and data.features is not None:
-            alignment = build_alignment(
-                recipe.align, data.features, hidden_size=model.hidden_size, seed=recipe.train.seed
-            )
-            stops = {term.stop_step for term in recipe.align.terms().values()}
-            starts |= {stop for stop in stops if stop is not None and stop < recipe.train.steps}
-        trainer = Trainer(
-            model=model,
-            alignment=alignment,
-            batches=data.batches,
-            validation=(),
-            settings=recipe.train,
-            run=Run(Path()),  # nothing is written
-        )
-        model.train()
-        batch = data.batches.batch(0)
-        phases = []
-        for start in sorted(starts):
-            passes = partial(trainer.passes.gradients, batch, step=start)
-            phases.append(Phase(start, count_flops(passes)))
-    finally:
-        data.pictures.close()
-    return phases
-
-
-def total_flops(phases: Sequence[Phase], steps: int) -> int:
-    """What so many steps cost."""
-    ends = [phase.start for phase in phases[1:]] + [steps]
-    return sum(phase.flops * max(0, min(end, steps) - phase.start) for phase, end in zip(phases, ends, strict=True))
-
-
-def steps_within(phases: Sequence[Phase], budget: int) -> int:
-    """The most steps that a budget pays for."""
-    steps = 0
-    for phase, following in zip(phases, [*phases[1:], None], strict=True):
-        left = budget - total_flops(phases, phase.start)
-        affordable = phase.start + left // phase.flops
-        steps = affordable if following is None else min(affordable, following.start)
-        if following is None or affordable < following.start:
-            break
-    return steps
-
-
-def teacher_flops(recipe: Recipe, store: Store) -> int | None:
-    """What the row's teachers cost for one pass over the training pictures, all stored crops; None if not here.
-
-    Encoders that share their weights and input pay once: the pass that gives the whole picture gives its patches.
-    """
-    pictures = len(store.rows("train", columns=columns_of(recipe))) * crop_of(recipe).num_variants
-    costs: dict[tuple[Any, ...], int] = {}
-    for choice in used_choices(recipe).values():
-        try:
-            (maker,) = build_makers(recipe, [choice.column], None, device=torch.device("cpu"), batch_size=1)
-        except ArraError:  # features that were made elsewhere
-            return None
-        assert isinstance(maker, FeaturesMaker)
-        (view,) = views_of(recipe, maker.views).values()
-        side = view.size
-        picture = torch.zeros(1, side, side, 3, dtype=torch.uint8)
-        network = (choice.name, choice.weights, choice.image_size, choice.bands)
-        costs[network] = max(costs.get(network, 0), _cost(maker, picture))
-    return pictures * sum(costs.values())
-
-
-def _cost(maker: FeaturesMaker, picture: Tensor) -> int:
-    return count_flops(lambda: maker.encode(picture))
 
 
 def budget_table(budgets: Sequence[RowBudget], *, charged: bool) -> Table:

@@ -1,62 +1,36 @@
-"""What a training would take of some devices, before anything is bought, rented or started: `arra plan`.
+"""What a training would take of some machines, before anything is bought, rented or started: `arra plan`.
 
-    recipe, devices --> the model on the meta device --> arra.train.memory --> a table, and what to change
+    recipe, machines --> the model on the meta device --> memory, seconds of a step, hours, bytes on the disk
 
-No store is read and no weights.
+No weights are read, of a store only how many pictures it has. `plan_report.py` shows what comes back.
 Letters: B rows of a micro-batch.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
-
 from arra.config import Recipe
+from arra.data.store import Store
 from arra.distributed import Ranks
 from arra.errors import ArraError
 from arra.settings import Settings
+from arra.stages.plan_data import DataPlan, data_plan
+from arra.stages.plan_machines import CPU, Machine, device_kind_here
+from arra.stages.plan_painting import Painting, plan_painting
+from arra.stages.plan_probe import Probe, probe
+from arra.stages.plan_speed import COMPUTE_SHARE, StepTime, step_flops, step_time
 from arra.stages.planned_model import PlannedModel, planned_model
-from arra.train.memory import Memory, Sharing, largest_rows, local_elements, training_memory
+from arra.train.durations import to_steps
+from arra.train.memory import Memory, Sharing, largest_rows, local_elements
 from arra.train.parallel import SHARDED, chosen_kind, count_groups
 from arra.train.savings import Saving, rows_of, savings
 from arra.train.settings import TrainSettings
 
 S = TypeVar("S", bound=Settings)
-GIB = 2**30
-GPUS = {
-    "a10": 24, "a100": 80, "a40": 48, "a6000": 48, "b200": 180, "h100": 80, "h200": 141, "l4": 24, "l40s": 48,
-    "rtx3090": 24, "rtx4090": 24, "rtx5090": 32, "t4": 16, "v100": 32,
-}  # fmt: skip
-"""Memory of devices by name, GiB."""
-WRITTEN = re.compile(r"(\d{1,6})\s*x\s*(\d+(?:\.\d+)?|[a-z]+\d+[a-z]*)", re.IGNORECASE)
 MOST_DEVICES = 1024
 """Up to which it is looked how many devices would do."""
-PARTS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "moments of the optimiser",
-    "averages": "averaged weights",
-    "projector": "projector, its gradients and moments",
-    "gathered": "gathered from shards, one after another",
-    "activations": "activations of a micro-batch",
-    "head": "loss: logits in slices, the head's gradient",
-    "reserve": "reserve for driver, NCCL, gaps (assumed)",
-}
-"""Fields of `Memory`, as they are shown."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Devices of one kind that train together."""
-
-    written: str
-    count: int
-    bytes_each: int
 
 
 @dataclass(frozen=True)
@@ -80,11 +54,46 @@ class MachinePlan:
     largest: int
     """The largest micro_batch_size that fits; 0 where none does."""
     remedies: tuple[Remedy, ...]
+    painting: Painting
+    """With the largest batch that the run paints."""
+    time: StepTime | None
+    """None where nothing but the devices' memory is known."""
+    steps: int | None
+    """Of the training; None where its length is in epochs and nobody knows the pictures."""
+    data: DataPlan
 
     @property
     def fits(self) -> bool:
-        """Whether it fits as the recipe says."""
-        return self.memory.total <= self.machine.bytes_each
+        """Whether it fits as the recipe says; on a CPU with the copy of a checkpoint that is being written."""
+        return self.needed <= self.machine.bytes_each
+
+    @property
+    def needed(self) -> int:
+        """Bytes of each device, for training and for painting in between."""
+        painted = self.memory.state + self.memory.reserve + self.painting.beside
+        host = self.memory.host if self.machine.name == CPU else 0
+        return max(self.memory.total, painted) + host
+
+    @property
+    def hours(self) -> float | None:
+        """Of the training; None where steps or their time are not known."""
+        return None if self.time is None or self.steps is None else self.steps * self.time.seconds / 3600
+
+    @property
+    def preparing_hours(self) -> float | None:
+        """Of codes and features of an epoch's pictures, on all devices."""
+        data, time = self.data, self.time
+        if time is None or data.records is None or data.flops is None:
+            return None
+        peak = self.machine.peak("float32")
+        assert peak is not None
+        share = COMPUTE_SHARE[self.machine.device_type, "float32"]
+        return data.records * data.flops / (share * peak) / self.machine.count / 3600
+
+    @property
+    def painting_hours(self) -> float | None:
+        """Of an evaluation's pictures, on one device; None where it paints whole splits."""
+        return self.painting.hours
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,7 @@ class Plan:
     recipe: Recipe
     planned: PlannedModel
     machines: tuple[MachinePlan, ...]
+    probe: Probe | None = None
 
     @property
     def fits(self) -> bool:
@@ -101,70 +111,101 @@ class Plan:
         return any(each.fits for each in self.machines)
 
 
-def parse_machine(written: str) -> Machine:
-    """Devices as the command line names them: "4x48" (GiB each), "8xh100".
-
-    Raises:
-        ArraError: it says neither.
-    """
-    found = WRITTEN.fullmatch(written.strip())
-    expected = "expected how many and how large, as in 4x48 (GiB), or their name, as in 8xh100"
-    if found is None or not int(found[1]):
-        raise ArraError(f"--gpus {written}: {expected}")
-    size = found[2].lower()
-    if size[0].isalpha() and size not in GPUS:
-        raise ArraError(f"--gpus {written}: '{found[2]}' is unknown; known are {', '.join(GPUS)}; or write its GiB")
-    gib = GPUS[size] if size in GPUS else float(size)
-    if not gib:
-        raise ArraError(f"--gpus {written}: {expected}")
-    return Machine(written.strip(), int(found[1]), int(gib * GIB))
-
-
-def plan(recipe: Recipe, *, machines: Sequence[Machine], stand_in: str | None = None) -> Plan:
+def plan(
+    recipe: Recipe,
+    *,
+    machines: Sequence[Machine],
+    stand_in: str | None = None,
+    store: Store | None = None,
+    probing: bool = False,
+) -> Plan:
     """What the recipe's training takes on each machine.
 
     `stand_in` ("chameleon-7b", "chameleon-34b") takes the place of a language model whose folder is not there; of a
-    recipe with Chameleon's tokenizer the 7B does so unasked.
+    recipe with Chameleon's tokenizer the 7B does so unasked. `store` tells how many pictures there are. With `probing`
+    real steps are made here, and the share of the peak that they reach holds for machines of this kind.
 
     Raises:
-        ArraError: the recipe fits no model, its language model is not there, or its parallelism not the machine.
+        ArraError: the recipe fits no model, its language model is not there, its parallelism does not fit the machine,
+            or a probe does not fit this one.
     """
     planned = planned_model(recipe, stand_in)
-    return Plan(recipe, planned, tuple(plan_machine(recipe, planned, machine=machine) for machine in machines))
+    found = probe(recipe, planned, peak_of=lambda model: alone(recipe, model)) if probing else None
+    told: dict[str, Any] = {"data": data_plan(recipe, planned, store=store)}
+    plans = [
+        plan_machine(recipe, planned, machine=machine, share=_measured_share(recipe, planned, found, machine), **told)
+        for machine in machines
+    ]
+    return Plan(recipe, planned, tuple(plans), found)
 
 
-def plan_machine(recipe: Recipe, planned: PlannedModel, *, machine: Machine) -> MachinePlan:
+def alone(recipe: Recipe, planned: PlannedModel, *, device_type: str | None = None) -> int:
+    """Bytes of tensors that steps take at most on one device, this one's kind unless told; nothing is validated."""
+    rows, kind = rows_of(recipe.train, ranks=1), device_type or device_kind_here(recipe.train.device)
+    memory = planned.memory(recipe.train, sharing=Sharing(), rows=rows, device_type=kind, validates=False)
+    return memory.total - memory.reserve
+
+
+def _measured_share(recipe: Recipe, planned: PlannedModel, found: Probe | None, machine: Machine) -> float | None:
+    """The share of the peak that a probe reached, where the machine's devices are of its kind."""
+    if found is None or machine.device_type != found.device.split(":")[0]:
+        return None
+    peak = machine.peak(recipe.train.precision)
+    flops = step_flops(planned, recipe.train, ranks=1, sharded=False)
+    return None if peak is None else flops / found.seconds / peak
+
+
+def plan_machine(
+    recipe: Recipe, planned: PlannedModel, *, machine: Machine, data: DataPlan | None = None, share: float | None = None
+) -> MachinePlan:
     """The training of a model on one machine, and what to change where it does not fit.
+
+    `share` of the peak is what passes reach, assumed where nobody measured it.
 
     Raises:
         ArraError: settings of parallelism that do not fit each other or the machine.
     """
-    sharing, rows = sharing_on(machine, recipe.train, planned=planned), rows_of(recipe.train, ranks=machine.count)
-    memory_with = _memory_with(planned, recipe.train, sharing)
-    memory, share = memory_with(rows), -(-recipe.train.batch_size // machine.count)
-    largest = largest_rows(memory_with, machine.bytes_each, most=share)
-    remedies: tuple[Remedy, ...] = ()
-    if memory.total > machine.bytes_each:
-        remedies = tuple(_remedies(recipe, planned, machine=machine, sharing=sharing))
-        if largest:
-            fewer = Remedy(f"train.micro_batch_size={largest}", memory_with(largest).total, fits=True)
-            remedies = (fewer, *remedies)
-    return MachinePlan(machine, sharing, rows, memory, largest, remedies)
+    settings, data = recipe.train, data or data_plan(recipe, planned)
+    sharing, rows = sharing_on(machine, settings, planned=planned), rows_of(settings, ranks=machine.count)
+    memory_with = _memory_with(planned, settings, sharing, machine)
+    share_of_batch = -(-settings.batch_size // machine.count)
+    found = MachinePlan(
+        machine=machine,
+        sharing=sharing,
+        rows=rows,
+        memory=memory_with(rows),
+        largest=largest_rows(memory_with, machine.bytes_each, most=share_of_batch),
+        remedies=(),
+        painting=plan_painting(recipe, planned, machine=machine, sharing=sharing),
+        time=step_time(planned, settings, machine=machine, sharing=sharing, share=share),
+        steps=_steps(settings, data.records),
+        data=data,
+    )
+    if found.fits:
+        return found
+    remedies = list(_remedies(recipe, planned, machine=machine, sharing=sharing))
+    if found.largest:
+        total = memory_with(found.largest).total
+        remedies.insert(0, Remedy(f"train.micro_batch_size={found.largest}", total, fits=True))
+    return replace(found, remedies=tuple(remedies))
 
 
-def _memory_with(planned: PlannedModel, settings: TrainSettings, sharing: Sharing) -> Callable[[int], Memory]:
+def _steps(settings: TrainSettings, records: int | None) -> int | None:
+    """The training's steps; None where they are in epochs and nobody knows the pictures."""
+    if isinstance(settings.steps, int):
+        return settings.steps
+    try:
+        return to_steps(settings.steps, batch_size=settings.batch_size, records=records, steps=None)
+    except ValueError:
+        return None
+
+
+def _memory_with(
+    planned: PlannedModel, settings: TrainSettings, sharing: Sharing, machine: Machine
+) -> Callable[[int], Memory]:
     @cache
     def memory_with(rows: int) -> Memory:
-        return training_memory(
-            planned.model,
-            settings,
-            sharing=sharing,
-            passes=planned.passes(settings, rows=rows, sharded=sharing.is_sharded),
-            sequences=planned.sequences,
-            rows=rows,
-            projectors=planned.projectors,
-            four_bit=planned.four_bit,
-        )
+        return planned.memory(settings, sharing=sharing, rows=rows, device_type=machine.device_type)
 
     return memory_with
 
@@ -183,7 +224,7 @@ def sharing_on(machine: Machine, settings: TrainSettings, *, planned: PlannedMod
         settings,
         ranks=ranks,
         state_bytes=whole,
-        device_bytes=machine.bytes_each,
+        device_bytes=None if machine.name == CPU else machine.bytes_each,
         may_shard=not planned.four_bit,
     )
     if kind in SHARDED and planned.four_bit:
@@ -202,7 +243,7 @@ def _remedies(recipe: Recipe, planned: PlannedModel, *, machine: Machine, sharin
         other = any(key.startswith("model.") for key in changes)
         model = planned_model(changed, planned.name) if other else planned
         how, rows = sharing_on(devices, changed.train, planned=model), rows_of(changed.train, ranks=count)
-        total = _memory_with(model, changed.train, how)(rows).total
+        total = _memory_with(model, changed.train, how, devices)(rows).total
         return Remedy(what, total, total <= machine.bytes_each)
 
     llm = recipe.model.llm
@@ -239,88 +280,3 @@ def _changed(settings: S, changes: Mapping[str, Any]) -> S:
         inner = _changed(getattr(settings, name), {rest: value}) if rest else value
         settings = settings.model_copy(update={name: inner})
     return settings
-
-
-def report(found: Plan) -> Group:
-    """The plan for a console: the model, how it is shared, the table of memory, what to change."""
-    planned, settings = found.planned, found.recipe.train
-    title = found.recipe.name + (f", row {found.recipe.row}" if found.recipe.row else "")
-    lines = [f"{title}: {planned.name}", *_model_lines(planned)]
-    how = f"products in {settings.precision}, recompute: {settings.recompute}, optimizer: {settings.optimizer}"
-    lines.append(f"rows of {planned.length:,} positions; {how}")
-    lines += [f"assumed: {note}" for note in planned.notes]
-    lines += [f"{each.machine.written}: {_sharing_line(planned, each)}" for each in found.machines]
-    return Group(_lines(lines), _table(found), _lines(list(_advice(found))))
-
-
-def _lines(lines: Sequence[str]) -> Text:
-    return Text("\n".join(lines), no_wrap=True, overflow="ignore")  # each is one line, however wide the screen
-
-
-def _model_lines(planned: PlannedModel) -> list[str]:
-    def count(group: Sequence[Any]) -> int:
-        return sum(local_elements(held.shape, 1) for held in group)
-
-    everything = planned.parts.all
-    trained = count([held for held in everything if held.trained])
-    sizes = [count(block) for block in planned.parts.blocks]
-    size = f"{sizes[0]:,}" if len(set(sizes)) == 1 else f"{min(sizes):,} to {max(sizes):,}"
-    outside = f"{count(planned.parts.root):,} outside of them (embeddings, last norm, head)"
-    lines = [
-        f"{count(everything):,} parameters, {trained:,} of them trained",
-        f"{len(sizes)} blocks of {size}; {outside}",
-    ]
-    if planned.projectors:
-        aside = sum(parameter.numel() for one in planned.projectors for parameter in one.parameters())
-        lines.append(f"projector: {aside:,}, thrown away after training")
-    return lines
-
-
-def _sharing_line(planned: PlannedModel, found: MachinePlan) -> str:
-    sharing = found.sharing
-    rows = f"micro-batches of {found.rows} row{'s' if found.rows > 1 else ''}"
-    if not sharing.is_sharded:
-        devices = f"ddp, all weights on each of {sharing.ranks} devices" if sharing.ranks > 1 else "one device"
-        return f"{devices}; {rows}"
-    local = sum(local_elements(held.shape, sharing.shards) for held in planned.parts.all)
-    groups = f" in {sharing.replicas} groups" if sharing.kind == "hsdp" else ""
-    gathers = len(planned.parts.blocks) + 1
-    return f"{sharing.kind}{groups}, {gathers} gathers, {local:,} parameters on each of {sharing.ranks} devices; {rows}"
-
-
-def _table(found: Plan) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("GiB on each device")
-    for each in found.machines:
-        table.add_column(each.machine.written, justify="right")
-
-    def row(name: str, values: Sequence[str]) -> None:
-        table.add_row(name, *values)
-
-    for field, name in PARTS.items():
-        values = [getattr(each.memory, field) for each in found.machines]
-        if any(values):
-            row(name, [gib(value) for value in values])
-    table.add_section()
-    row("together", [gib(each.memory.total) for each in found.machines])
-    row("of", [gib(each.machine.bytes_each) for each in found.machines])
-    row("fits", ["yes" if each.fits else "no" for each in found.machines])
-    row("largest micro_batch_size", [str(each.largest or "none") for each in found.machines])
-    if any(each.memory.host for each in found.machines):
-        table.add_section()
-        row("in the machine's own memory", [gib(each.memory.host * each.machine.count) for each in found.machines])
-    return table
-
-
-def gib(count: int) -> str:
-    """Bytes in GiB, with one place."""
-    return f"{count / GIB:.1f}" if count >= 0.05 * GIB or not count else "<0.1"
-
-
-def _advice(found: Plan) -> Iterator[str]:
-    for each in found.machines:
-        if each.fits:
-            continue
-        yield f"{each.machine.written}: {gib(each.memory.total)} GiB do not fit. Each of these alone:"
-        for remedy in sorted(each.remedies, key=lambda remedy: not remedy.fits):
-            yield f"  {remedy.what}: {gib(remedy.total)} GiB, {'fits' if remedy.fits else 'does not fit either'}"

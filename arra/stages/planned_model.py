@@ -5,15 +5,16 @@ Letters: B rows of a micro-batch, S positions of a row.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arra.config import Recipe
-from arra.data.layout import ImageLayout
+from arra.data.layout import Grid, ImageLayout
 from arra.errors import ArraError
 from arra.models import CausalLM, Painter
 from arra.models.chameleon import CHAMELEON_SIZES, build_chameleon, chameleon_settings
@@ -21,9 +22,9 @@ from arra.models.language_folder import CARD_FILE
 from arra.stages.language import DTYPES, first_language_model, language_card, language_section, prepare_language_model
 from arra.stages.makers import feature_sizes
 from arra.stages.model import build_model, decoder_settings, square, tokenizer_network
-from arra.train.activations import PassBytes, pass_bytes
+from arra.train.activations import Traced, looking_bytes, traced_passes
 from arra.train.alignment import empty_projectors
-from arra.train.memory import Parts, Sequences, parts_of
+from arra.train.memory import LOOKING_ROWS, Memory, Parts, Sequences, Sharing, parts_of, training_memory
 from arra.train.settings import TrainSettings
 
 PROMPT_TOKENS = 128
@@ -52,18 +53,56 @@ class PlannedModel:
     four_bit: bool
     length: int
     """Positions S of a row."""
+    grid: Grid
+    """Codes of a picture, down and across."""
+    code_ids: tuple[int, int]
+    """The first id of a code among the model's tokens, and how many codes there are."""
     notes: tuple[str, ...]
     """What was assumed."""
-    made: dict[tuple[object, ...], PassBytes] = field(default_factory=dict)
+    made: dict[tuple[object, ...], Traced] = field(default_factory=dict)
     """Passes by what they follow from: they take seconds, and many plans have the same."""
+    looked: dict[tuple[object, ...], int] = field(default_factory=dict)
 
-    def passes(self, settings: TrainSettings, *, rows: int, sharded: bool) -> PassBytes:
-        """What the passes over so many rows take."""
+    def traced(self, settings: TrainSettings, *, rows: int, sharded: bool) -> Traced:
+        """What the passes over so many rows take and compute."""
         narrow = settings.precision == "bfloat16"
         key = rows, settings.precision, settings.recompute, settings.compile, sharded and narrow
         if key not in self.made:
-            self.made[key] = pass_bytes(self.model, settings, inputs=self.inputs(rows), sharded=sharded)
+            self.made[key] = traced_passes(self.model, settings, inputs=self.inputs(rows), sharded=sharded)
         return self.made[key]
+
+    def looking(self, settings: TrainSettings, *, sharded: bool) -> int:
+        """Bytes that a validation batch takes."""
+        key = settings.precision, sharded and settings.precision == "bfloat16"
+        if key not in self.looked:
+            inputs = self.inputs(LOOKING_ROWS)
+            self.looked[key] = looking_bytes(self.model, settings, inputs=inputs, sharded=sharded)
+        return self.looked[key]
+
+    def memory(
+        self,
+        settings: TrainSettings,
+        *,
+        sharing: Sharing,
+        rows: int,
+        device_type: str = "cuda",
+        validates: bool = True,
+    ) -> Memory:
+        """What a training with micro-batches of so many rows takes of each device."""
+        share = -(-settings.batch_size // sharing.ranks)
+        return training_memory(
+            self.model,
+            settings,
+            sharing=sharing,
+            passes=self.traced(settings, rows=rows, sharded=sharing.is_sharded).memory,
+            sequences=self.sequences,
+            rows=rows,
+            parts_of_batch=-(-share // rows),
+            looking=self.looking(settings, sharded=sharing.is_sharded) if validates else 0,
+            projectors=self.projectors,
+            four_bit=self.four_bit,
+            device_type=device_type,
+        )
 
 
 def planned_model(recipe: Recipe, stand_in: str | None = None) -> PlannedModel:
@@ -75,9 +114,10 @@ def planned_model(recipe: Recipe, stand_in: str | None = None) -> PlannedModel:
     if recipe.model.llm is None:
         if stand_in is not None:
             raise ArraError(f"--model {stand_in}: stands in for a language model, and the recipe trains a decoder")
-        name, model, inputs, sequences, length, notes = _planned_decoder(recipe)
+        found = _planned_decoder(recipe)
     else:
-        name, model, inputs, sequences, length, notes = _planned_language_model(recipe, stand_in)
+        found = _planned_language_model(recipe, stand_in)
+    model, notes = found.model, found.notes
     projectors: tuple[Any, ...] = ()
     if recipe.align is not None:
         sizes = feature_sizes(recipe)
@@ -86,14 +126,43 @@ def planned_model(recipe: Recipe, stand_in: str | None = None) -> PlannedModel:
         notes += [f"features of '{name}' taken to be {FEATURE_SIZE} wide" for name, size in sizes.items() if not size]
     four_bit = recipe.model.llm is not None and recipe.model.llm.four_bit
     parts = parts_of(model, recipe.train, four_bit=four_bit)
-    return PlannedModel(name, model, inputs, parts, sequences, projectors, four_bit, length, tuple(notes))
+    return PlannedModel(
+        name=found.name,
+        model=model,
+        inputs=found.inputs,
+        parts=parts,
+        sequences=found.sequences,
+        projectors=projectors,
+        four_bit=four_bit,
+        length=found.length,
+        grid=found.grid,
+        code_ids=found.code_ids,
+        notes=tuple(notes),
+    )
 
 
-Described = tuple[str, Painter, Callable[[int], Mapping[str, Tensor]], Sequences, int, list[str]]
-"""Name, model, its inputs, their rows, positions of a row, what was assumed."""
+def cut_to(planned: PlannedModel, depth: int, *, settings: TrainSettings) -> PlannedModel:
+    """The same with its first blocks alone; the given one stays as it is."""
+    model = deepcopy(planned.model)
+    first = model.blocks[0]
+    listed = next(part for part in model.modules() if isinstance(part, nn.ModuleList) and first in part)
+    del listed[depth:]
+    parts = parts_of(model, settings, four_bit=planned.four_bit)
+    return replace(planned, model=model, parts=parts, made={})
 
 
-def _planned_decoder(recipe: Recipe) -> Described:
+class _Described(NamedTuple):
+    name: str
+    model: Painter
+    inputs: Callable[[int], Mapping[str, Tensor]]
+    sequences: Sequences
+    length: int
+    grid: Grid
+    code_ids: tuple[int, int]
+    notes: list[str]
+
+
+def _planned_decoder(recipe: Recipe) -> _Described:
     network = tokenizer_network(recipe)
     settings = decoder_settings(recipe, num_codes=network.num_codes, downsampling=network.downsampling)
     model = build_model(recipe, settings, text=None, empty=True)
@@ -114,10 +183,11 @@ def _planned_decoder(recipe: Recipe) -> Described:
     notes = []
     if recipe.model.condition == "class" and recipe.model.num_classes is None:
         notes.append(f"{settings.num_classes} classes taken")
-    return name, model, inputs, Sequences(settings.num_positions, aligned), length, notes
+    sequences, ids = Sequences(settings.num_positions, aligned), (0, settings.num_codes)
+    return _Described(name, model, inputs, sequences, length, settings.grid, ids, notes)
 
 
-def _planned_language_model(recipe: Recipe, stand_in: str | None) -> Described:
+def _planned_language_model(recipe: Recipe, stand_in: str | None) -> _Described:
     section = language_section(recipe)
     folder = Path(section.folder)
     notes = [f"prompts taken to have {PROMPT_TOKENS} tokens"]
@@ -138,7 +208,8 @@ def _planned_language_model(recipe: Recipe, stand_in: str | None) -> Described:
         return {"tokens": torch.empty(rows, length, dtype=torch.int64, device="meta")}
 
     labelled = len(layout.image(grid)) + len(layout.closing)
-    return name, model, inputs, Sequences(labelled, grid[0] * grid[1]), length, notes
+    sequences, ids = Sequences(labelled, grid[0] * grid[1]), (layout.first_code, layout.num_codes)
+    return _Described(name, model, inputs, sequences, length, grid, ids, notes)
 
 
 def _stand_in(recipe: Recipe, asked: str | None) -> str:

@@ -29,10 +29,11 @@ from arra.report.probe_page import PAGE_FILE, probe_page
 from arra.runs import atomic_write
 from arra.stages.language import first_language_model, language_card
 from arra.stages.makers import center_variant, crop_of, used_choices
-from arra.stages.origin import columns_of, noted
+from arra.stages.origin import noted
 from arra.stages.painters import LoadedRun, load_run
 from arra.stages.pictures import feature_sample, open_pictures
 from arra.stages.process import Progress, silent
+from arra.stages.training_data import training_rows
 from arra.stages.watch import open_watcher
 from arra.tokenizers.prompts import PromptTokenizer
 from arra.tokenizers.text import TextTokenizer
@@ -261,7 +262,7 @@ def alignment_at(
     names = [name for name in tensors or {} if name.startswith("align.")]
     if tensors is None:
         return None, ["The checkpoint with the projector is gone, so the trained terms' own cosine is left out."]
-    rows = store.rows("train", columns=columns_of(recipe))
+    rows = training_rows(recipe, store)
     pictures = open_pictures(recipe, store, loaded.tokenizer, rows, workers=default_workers(), device=device)
     try:
         sample = feature_sample(pictures, center_variant(recipe), crop_of(recipe).num_variants)

@@ -39,13 +39,25 @@ def is_first_process() -> bool:
 
 
 def leave_with_parent() -> None:
-    """Nothing; if the process that started this one dies, this one is asked to save and leave."""
-    parent = os.environ.get(PARENT)
+    """Nothing; if the process that started this one dies, this one is asked to save and leave.
+
+    torchrun may stand between the two.
+    """
+    parent, starter = os.environ.get(PARENT), os.getppid()
     if parent is None:
         return
 
+    def is_watched() -> bool:
+        if starter == int(parent) or "TORCHELASTIC_RUN_ID" not in os.environ:
+            return os.getppid() == int(parent)
+        try:
+            os.kill(int(parent), 0)  # asks whether it lives, and does nothing
+        except ProcessLookupError:
+            return False
+        return os.getppid() == starter
+
     def wait() -> None:
-        while os.getppid() == int(parent):
+        while is_watched():
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
 

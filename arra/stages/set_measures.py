@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arra.errors import ArraError
 from arra.evaluate.agreement import clip_measures
-from arra.evaluate.card import Result, measure_row, row_values, values_key
+from arra.evaluate.card import PIXELS, Result, measure_row, row_values, values_key
 from arra.evaluate.collecting import Seen
 from arra.evaluate.findings import WORDS, findings_auroc, labels_of_prompts, read_labels
 from arra.evaluate.measured import Measured
@@ -62,7 +62,7 @@ class MeasuredSet:
                     found,
                     metric=metric,
                     split=self.split,
-                    space=measure.space or "pixels",
+                    space=measure.space or PIXELS,
                     num_images=self.seen.count,
                     groups=own_groups,
                     is_teachers=space is not None and space.family in families.values(),

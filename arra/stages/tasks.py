@@ -1,7 +1,8 @@
-"""Runs as processes of their own: `arra demo` and `arra lab` train and evaluate several models side by side.
+"""Runs as processes of their own: `arra demo`, `arra lab` and `arra reproduce` train and evaluate models side by side.
 
 One thread each, as many at a time as there are cores: on few cores that is the fastest way, and each model's result is
-its own. What a process finds wrong comes back as one line; an interrupted process saves first.
+its own; or each on accelerators of its own. What a process finds wrong comes back as one line; an interrupted process
+saves first.
 """
 
 import os
@@ -9,15 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import yaml
 
 from arra.config import Recipe, dump_recipe, load_recipe
+from arra.data.remote import open_store
 from arra.display import Display
 from arra.errors import ArraError
 from arra.runs import Run, writing
@@ -42,6 +44,8 @@ class Task:
     """The recipe's file; a name alone would find a folder of that name in the working folder."""
     records: int | None = None
     """Training pictures of an epoch, where durations may be in epochs."""
+    store: Path | None = None
+    """That it trains on, where tasks have several."""
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -52,6 +56,42 @@ class Task:
     def log(self) -> Path:
         """What its process prints, while it runs."""
         return self.folder.parent / f".{self.folder.name}.log"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where processes run, and how many at a time."""
+
+    processes: int | None = None
+    """At a time, one thread each; None takes as many as there are cores; 0 none, all is done in this process."""
+    devices: tuple[str, ...] = ()
+    """Accelerators by the numbers that CUDA_VISIBLE_DEVICES takes; each run has `ranks` of them for itself."""
+    ranks: int = 1
+    """Processes of every training, started by torchrun."""
+
+    def __post_init__(self) -> None:
+        if self.processes is not None and self.processes < 0:
+            raise ArraError(f"--processes {self.processes}: expected 0 (all in this process) or more")
+        if self.ranks < 1 or (self.ranks > 1 and self.processes == 0):
+            raise ArraError(f"--ranks {self.ranks}: expected 1 or more, each in a process of its own")
+        if self.devices and (self.processes is not None or len(self.devices) % self.ranks):
+            raise ArraError(
+                f"--devices {','.join(self.devices)}: expected a multiple of --ranks ({self.ranks}) devices, and no "
+                "--processes"
+            )
+
+    @property
+    def slots(self) -> list[dict[str, str]]:
+        """What the environment of each process says, for as many as run at a time."""
+        if self.devices:
+            cuts = range(0, len(self.devices), self.ranks)
+            return [{"CUDA_VISIBLE_DEVICES": ",".join(self.devices[cut : cut + self.ranks])} for cut in cuts]
+        return [{} for _ in range(self.processes or max(1, num_parallel() // self.ranks))]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether no process is started."""
+        return self.processes == 0
 
 
 @dataclass(frozen=True)
@@ -78,27 +118,96 @@ def finished(task: Task) -> bool:
 
 
 def train_tasks(
-    tasks: Sequence[Task], store: Path, display: Display, *, processes: int | None = None, keep_going: bool = False
+    tasks: Sequence[Task],
+    store: Path | None,
+    display: Display,
+    *,
+    places: Places | None = None,
+    keep_going: bool = False,
 ) -> list[Failure]:
-    """What failed, as `run_processes` has it; every other task's run is finished."""
+    """What failed, as `run_processes` has it; every other task's run is finished.
+
+    `store` is of tasks that name none.
+    """
+    places = places or Places()
+    waiting = [task for task in tasks if not finished(task)]
+    if places.is_here:
+        return _run_here(
+            waiting, lambda task: _train_here(task, task.store or store, display), display, "training", keep_going
+        )
     commands = [
         (
             task,
-            ["train", str(task.source), "--row", task.row, "--store", str(store), "--out", str(task.folder)]
+            [
+                "train",
+                str(task.source),
+                "--row",
+                task.row,
+                "--store",
+                str(task.store or store),
+                "--out",
+                str(task.folder),
+            ]
             + [part for override in task.overrides for part in ("--set", override)],
         )
-        for task in tasks
-        if not finished(task)
+        for task in waiting
     ]
-    return run_processes(commands, display, "training", processes=processes, keep_going=keep_going)
+    return run_processes(commands, display, "training", places=places, keep_going=keep_going)
 
 
 def evaluate_tasks(
-    tasks: Sequence[Task], display: Display, *, processes: int | None = None, keep_going: bool = False
+    tasks: Sequence[Task],
+    display: Display,
+    *,
+    places: Places | None = None,
+    keep_going: bool = False,
+    options: Callable[[Task], Sequence[str]] = lambda task: (),
 ) -> list[Failure]:
-    """What failed, as `run_processes` has it; every other task's run has a current evaluation card."""
-    commands = [(task, [EVALUATE, str(task.folder), "--threads", "1"]) for task in tasks]
-    return run_processes(commands, display, "evaluating", processes=processes, keep_going=keep_going)
+    """What failed, as `run_processes` has it; every other task's run has a current evaluation card.
+
+    `options` are further words of a task's `arra evaluate`.
+    """
+    places = places or Places()
+    if places.is_here:
+        return _run_here(tasks, lambda task: _evaluate_here(task, options(task)), display, "evaluating", keep_going)
+    alone = replace(places, ranks=1)
+    commands = [(task, [EVALUATE, str(task.folder), "--threads", "1", *options(task)]) for task in tasks]
+    return run_processes(commands, display, "evaluating", places=alone, keep_going=keep_going)
+
+
+def _run_here(
+    tasks: Sequence[Task], run: Callable[[Task], object], display: Display, what: str, keep_going: bool
+) -> list[Failure]:
+    """The same in this process, one after another."""
+    failures = []
+    for task in tasks:
+        try:
+            run(task)
+        except ArraError as error:
+            if not keep_going:
+                raise
+            failures.append(_told(Failure(task, what, str(error)), display))
+    return failures
+
+
+def _train_here(task: Task, store: Path | None, display: Display) -> None:
+    from arra.stages.train import train  # trains in this process alone where it is asked for
+
+    recipe = load_recipe(task.source, row=task.row, overrides=task.overrides)
+    train(recipe, open_store(str(store)), task.folder, progress=display.row(task.label))
+
+
+def _evaluate_here(task: Task, options: Sequence[str]) -> None:
+    from arra.stages.evaluate import evaluate
+
+    assert not options, "measures of a protocol are taken in processes of their own"
+    evaluate(task.folder, threads=1)
+
+
+def _told(failure: Failure, display: Display) -> Failure:
+    line = f"{failure.task.label}: {failure.what} failed: {failure.why}"
+    display.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return failure
 
 
 def run_processes(
@@ -106,10 +215,10 @@ def run_processes(
     display: Display,
     what: str,
     *,
-    processes: int | None = None,
+    places: Places | None = None,
     keep_going: bool = False,
 ) -> list[Failure]:
-    """The tasks whose process failed; every other command has ended well. At most `processes` run at a time.
+    """The tasks whose process failed; every other command has ended well. As many run at a time as there are places.
 
     Without `keep_going` the first failure stops the others and is raised. With it the others go on; the log of a
     process that ended in a bug stays where its line says.
@@ -118,13 +227,17 @@ def run_processes(
         ArraError: one of them found something the user can mend; the others are stopped.
         KeyboardInterrupt: the processes have saved and left.
     """
-    waiting, running = list(commands), dict[subprocess.Popen[bytes], Task]()
+    places = places or Places()
+    waiting, running, free = list(commands), dict[subprocess.Popen[bytes], Task](), places.slots
+    taken: dict[subprocess.Popen[bytes], dict[str, str]] = {}
     failures: list[Failure] = []
     try:
         while waiting or running:
-            while waiting and len(running) < (processes or num_parallel()):
+            while waiting and free:
                 task, arguments = waiting.pop(0)
-                running[start(arguments, task.log)] = task
+                slot = free.pop(0)
+                process = start(arguments, task.log, environment=slot, ranks=places.ranks)
+                running[process], taken[process] = task, slot
             for process in list(running):
                 task = running[process]
                 code = process.poll()
@@ -132,6 +245,7 @@ def run_processes(
                 if code is None:
                     continue
                 del running[process]
+                free.append(taken.pop(process))
                 try:
                     check(code, task, task.log, what)  # of a bug the log stays
                 except (ArraError, RuntimeError) as error:
@@ -139,9 +253,7 @@ def run_processes(
                         raise
                     first, *rest = str(error).splitlines()
                     why = first.removesuffix(":") + (f" ({rest[-1].strip()})" if rest else "")
-                    failures.append(Failure(task, what, why))
-                    line = f"{task.label}: {what} failed: {why}"
-                    display.console.print(line, highlight=False, markup=False, soft_wrap=True)
+                    failures.append(_told(Failure(task, what, why), display))
                 else:
                     task.log.unlink(missing_ok=True)
             time.sleep(0.3 if what != "training" else 1.0)
@@ -153,15 +265,18 @@ def run_processes(
     return failures
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """A process of this program with one thread, which leaves when this one does."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", PARENT: str(os.getpid())}
+def start(
+    arguments: list[str], log: Path, *, environment: Mapping[str, str] | None = None, ranks: int = 1
+) -> subprocess.Popen[bytes]:
+    """A process of this program with one thread, which leaves when this one does; of several ranks, torchrun's."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", PARENT: str(os.getpid())} | dict(environment or {})
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         file = log.open("wb")
     with file:
         # -P: a file called like a package in the user's folder must not be imported in its place
-        command = [sys.executable, "-P", "-m", "arra", *arguments]
+        runner = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command = [sys.executable, "-P", *runner, "-m", "arra", *arguments]
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 

@@ -72,7 +72,7 @@ def training_data(
         ArraError: a column is missing or damaged, or a condition does not fit the model.
     """
     columns = columns_of(recipe)
-    train, validation = store.rows("train", columns=columns), store.rows("validation", columns=columns)
+    train, validation = training_rows(recipe, store), store.rows("validation", columns=columns)
     workers = default_workers()
     pictures = open_pictures(recipe, store, tokenizer, train, workers=workers, device=device or torch.device("cpu"))
     features = None
@@ -173,14 +173,25 @@ def language_data(
     }
 
 
+def training_rows(recipe: Recipe, store: Store) -> np.ndarray:
+    """The store's rows that a run of the recipe trains on, ascending: `data.max_train_records` of them at most.
+
+    Raises:
+        ArraError: there are none.
+    """
+    return store.rows("train", columns=columns_of(recipe), at_most=recipe.data.max_train_records)
+
+
 def epoch_length(recipe: Recipe, store: Store) -> int:
     """Pictures of an epoch: every training record as often as its source's weight says.
 
     Raises:
         ArraError: the recipe weighs other sources than the store was made from.
     """
-    counts = store.source_counts(store.rows("train", columns=columns_of(recipe)))
-    return Order(counts, source_weights(recipe, store) or (1.0,) * len(counts), recipe.train.seed).epoch_length
+    counts = store.source_counts(training_rows(recipe, store))
+    weights = source_weights(recipe, store) or (1.0,) * len(counts)
+    used = [(count, weight) for count, weight in zip(counts, weights, strict=True) if count]
+    return Order(tuple(n for n, _ in used), tuple(w for _, w in used), recipe.train.seed).epoch_length
 
 
 def source_weights(recipe: Recipe, store: Store) -> tuple[float, ...] | None:

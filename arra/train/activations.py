@@ -1,6 +1,6 @@
-"""What a step's passes take of a device's memory, found by making them over tensors without numbers.
+"""What a step's passes take of a device's memory and what they compute, by making them over tensors without numbers.
 
-    a model on the meta device, inputs --> forward and backward pass over fake tensors --> PassBytes
+    a model on the meta device, inputs --> forward and backward pass over fake tensors --> PassBytes, operations
 
 Fake tensors have shapes and no numbers: every tensor that autograd keeps, and every intermediate while it lives, is
 counted as PyTorch would make it, for any network. `arra.train.memory` adds what stays from step to step.
@@ -9,7 +9,8 @@ counted as PyTorch would make it, for any network. `arra.train.memory` adds what
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from arra.models import Painter, dropout
+from arra.train.flops import operation_flops
 from arra.train.parallel import narrowed, recompute_blocks
 from arra.train.settings import TrainSettings
 
@@ -37,19 +39,32 @@ class PassBytes:
     """The most at any time of the forward pass, autocast's copies of weights included."""
     backward: int
     """The most at any time of the backward pass."""
+    opening: int
+    """The most while the last block goes backward, with the gradients that have come."""
+    closing: int
+    """The most while the first block goes backward, with all gradients that have come."""
 
     @property
     def peak(self) -> int:
-        """The most at any time."""
+        """The most at any time, gradients left out."""
         return max(self.forward, self.backward)
 
 
-def pass_bytes(model: Painter, settings: TrainSettings, *, inputs: Mapping[str, Tensor], sharded: bool) -> PassBytes:
-    """What a forward and a backward pass up to the head take, recomputation as in the settings.
+@dataclass(frozen=True)
+class Traced:
+    """What the passes over a micro-batch take and compute, up to the head."""
 
-    Passes are made at two depths; of deeper models each further block adds as much as those between. Weights and
-    gradients that are ready are not counted, a block's copies in autocast's type and a gradient on its way are.
-    `compile` is taken to keep as much. Attention is counted as the kernels that keep no S x S.
+    memory: PassBytes
+    flops: int
+    """Operations of both passes, with what is computed again."""
+
+
+def traced_passes(model: Painter, settings: TrainSettings, *, inputs: Mapping[str, Tensor], sharded: bool) -> Traced:
+    """What a forward and a backward pass up to the head take and compute, recomputation as in the settings.
+
+    Passes are made at two depths; of deeper models each further block adds as much as those between. Weights are not
+    counted, a block's copies in autocast's type and a gradient on its way are. `compile` is taken to keep as much.
+    Attention is counted as the kernels that keep no S x S.
     """
     depth = len(model.blocks)
     shallow, deep = TRACED_BLOCKS
@@ -60,40 +75,71 @@ def pass_bytes(model: Painter, settings: TrainSettings, *, inputs: Mapping[str, 
     def deeper(few: int, many: int) -> int:
         return many + (many - few) * (depth - deep) // (deep - shallow)
 
-    return PassBytes(
-        kept=deeper(first.kept, second.kept),
-        forward=deeper(first.forward, second.forward),
-        backward=deeper(first.backward, second.backward),
-    )
+    both = zip(astuple(first.memory), astuple(second.memory), strict=True)
+    return Traced(PassBytes(*(deeper(few, many) for few, many in both)), deeper(first.flops, second.flops))
+
+
+def looking_bytes(model: Painter, settings: TrainSettings, *, inputs: Mapping[str, Tensor], sharded: bool) -> int:
+    """Bytes that a forward pass without gradients takes at most, as validation makes it, however deep the model is."""
+    training, depth = model.training, min(TRACED_BLOCKS[0], len(model.blocks))
+    with torch.no_grad(), _faked(model, settings, inputs, sharded=sharded, depth=depth) as faked:
+        found: PassBytes = functional_call(faked.step.eval(), faked.tensors, (faked.given,))
+    model.train(training)
+    return found.forward
 
 
 def _traced(
     model: Painter, settings: TrainSettings, inputs: Mapping[str, Tensor], *, sharded: bool, depth: int
-) -> PassBytes:
+) -> Traced:
     """The passes of the model's first blocks over fake tensors."""
-    narrow = settings.precision == "bfloat16"
+    with _faked(model, settings, inputs, sharded=sharded, depth=depth) as faked:
+        step, living = faked.step.train(), faked.living
+        places = {id(value): place for place, block in enumerate(model.blocks) for value in block.parameters()}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                place = places.get(id(parameter))
+                faked.tensors[f"model.{name}"].register_post_accumulate_grad_hook(
+                    partial(
+                        living.take_gradient, before_last=place is not None and place < depth - 1, later=bool(place)
+                    )
+                )
+        memory: PassBytes = functional_call(step, faked.tensors, (faked.given,))
+    return Traced(memory, living.flops)
+
+
+@dataclass(frozen=True)
+class _Faked:
+    """A model's first blocks over fake tensors."""
+
+    step: "_Step"
+    tensors: dict[str, Tensor]
+    """Weights and buffers."""
+    given: dict[str, Tensor]
+    living: "_Living"
+
+
+@contextmanager
+def _faked(
+    model: Painter, settings: TrainSettings, inputs: Mapping[str, Tensor], *, sharded: bool, depth: int
+) -> Iterator[_Faked]:
+    """A block in which the model has so many blocks, and computes with tensors that have no numbers."""
+    narrow = settings.precision == "bfloat16" and sharded
     with _cut(model, depth), _recomputed(model, settings), _unsliced_masks(), FakeTensorMode():
 
-        def fake(value: Tensor, kind: torch.dtype, *, trained: bool = False) -> Tensor:
-            return torch.empty(value.shape, dtype=kind, requires_grad=trained)
-
         def product_type(value: Tensor) -> torch.dtype:
-            return torch.bfloat16 if narrow and sharded and value.is_floating_point() else value.dtype
+            return torch.bfloat16 if narrow and value.is_floating_point() else value.dtype
 
         tensors = {
-            f"model.{name}": fake(value, product_type(value), trained=value.requires_grad)
+            f"model.{name}": torch.empty(value.shape, dtype=product_type(value), requires_grad=value.requires_grad)
             for name, value in model.named_parameters()
         }
-        for value in tensors.values():
-            if value.requires_grad:  # ready, it is counted elsewhere
-                value.register_post_accumulate_grad_hook(_drop_gradient)
-        tensors |= {f"model.{name}": fake(value, value.dtype) for name, value in model.named_buffers()}
-        given = {name: fake(value, product_type(value)) for name, value in inputs.items()}
+        tensors |= {
+            f"model.{name}": torch.empty(value.shape, dtype=value.dtype) for name, value in model.named_buffers()
+        }
+        given = {name: torch.empty(value.shape, dtype=product_type(value)) for name, value in inputs.items()}
         with _Living([*tensors.values(), *given.values()]) as living:
             step = _Step(model, living, narrowed(settings, sharded=sharded, device_type="cpu"))
-            step.train()
-            found: PassBytes = functional_call(step, tensors, (given,))
-    return found
+            yield _Faked(step, tensors, given, living)
 
 
 class _Step(nn.Module):
@@ -105,13 +151,14 @@ class _Step(nn.Module):
 
     def forward(self, given: dict[str, Tensor]) -> PassBytes:
         """What they take."""
+        living = self.living
         with self.narrow:
             hidden = self.model(**given).last_hidden
-        kept, forward = self.living.now, self.living.peak
-        self.living.peak = 0
+        kept, forward = living.now, living.peak
+        living.turn()
         if hidden.requires_grad:
             hidden.backward(torch.empty_like(hidden))
-        return PassBytes(kept, forward, self.living.peak)
+        return PassBytes(kept, forward, living.peak, living.opening or living.peak_with, living.peak_with)
 
 
 class _Living(TorchDispatchMode):
@@ -119,11 +166,31 @@ class _Living(TorchDispatchMode):
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.ready = 0
+        """Of all, and of gradients that are ready among them."""
+        self.peak = self.peak_with = 0
+        """The most without these, and with them."""
+        self.opening = 0
+        """The most with them before the last block was done; 0 until then."""
+        self.flops = 0
         self.seen: dict[int, Any] = {value.untyped_storage()._cdata: None for value in known}
+
+    def turn(self) -> None:
+        """Nothing; the backward pass begins, of which the most is counted anew."""
+        self.peak = self.peak_with = self.now
+
+    def take_gradient(self, parameter: Tensor, *, before_last: bool, later: bool) -> None:
+        """Nothing; a parameter's gradient is ready, of a block before the last one or later than the first, or both."""
+        assert parameter.grad is not None
+        if before_last and not self.opening:
+            self.opening = self.peak_with
+        if later:
+            self.peak_with = self.now
+        self.ready += parameter.grad.untyped_storage().nbytes()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
+        self.flops += operation_flops(func, args, kwargs or {}, found=found)
         for value in tree_leaves(found):
             if isinstance(value, Tensor):
                 self._note(value.untyped_storage())
@@ -134,15 +201,12 @@ class _Living(TorchDispatchMode):
         if key not in self.seen:
             self.seen[key] = weakref.finalize(storage, self._forget, key, size)
             self.now += size
-            self.peak = max(self.peak, self.now)
+            self.peak = max(self.peak, self.now - self.ready)
+            self.peak_with = max(self.peak_with, self.now)
 
     def _forget(self, key: int, size: int) -> None:
         del self.seen[key]
         self.now -= size
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 @contextmanager

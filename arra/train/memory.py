@@ -3,7 +3,8 @@
     a model on the meta device, its passes, settings, ranks --> training_memory --> Memory{weights, ..., activations}
 
 What stays for the whole training (weights, gradients, moments, averages) is counted tensor by tensor. What comes and
-goes in a step is found by making its passes without numbers (`arra.train.activations`).
+goes in a step is found by making its passes without numbers (`arra.train.activations`). Parts are at their largest at
+different moments of a step; the total is that of the worst moment (`_worst`).
 Letters: N elements of a tensor, d its first side, R ranks that share one set of weights, B rows of a micro-batch,
 S positions of a row, D model width, V vocabulary, L blocks, w bytes of a number in products (2 in bfloat16, else 4).
 """
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 
 from arra.align import Projector
 from arra.models import CausalLM, Painter
-from arra.models.head import HEAD_BYTES
+from arra.models.head import CUDA_HEAD_BYTES, HEAD_BYTES
 from arra.train.activations import PassBytes
-from arra.train.optimizer import Muon, make_optimizers
+from arra.train.optimizer import STACK_BYTES, Muon, make_optimizers
 from arra.train.parallel import SHARDED
 from arra.train.settings import TrainSettings
 
@@ -32,8 +33,11 @@ EIGHT_BIT_LEAST, EIGHT_BIT_BLOCK = 4096, 256
 RESERVE_BYTES = 2 * 2**30
 """Assumed, not computed: the driver's context and kernels, NCCL's buffers, what lies idle between tensors, and the part
 of its nominal memory that a card does not offer."""
-LOGIT_COPIES = 3
-"""A slice of logits, its exponentials and a copy in the products' type."""
+MOMENT_COPIES = 3
+"""Of the largest stack of matrices while Muon orthogonalises it: its updates, and the iterate before and after a
+step; two Gram matrices come with them."""
+LOOKING_ROWS = 64
+"""Of a validation batch."""
 
 
 class Held(NamedTuple):
@@ -108,6 +112,12 @@ class Memory:
     """The passes over a micro-batch, up to the head, and the alignment's."""
     head: int
     """A slice of the logits, gradients of the states, the sum of the head's gradients."""
+    update: int = 0
+    """While the optimiser moves the weights, beside its state: Muon's stacks of matrices."""
+    looking: int = 0
+    """Activations of a validation batch."""
+    apart: int = 0
+    """What of the parts is never there at the same moment as the rest."""
     reserve: int = RESERVE_BYTES
     host: int = 0
     """In the machine's own memory, for each rank: what is offloaded, and the copy of a checkpoint that is written in
@@ -120,8 +130,9 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """On the device."""
-        return self.state + self.gathered + self.activations + self.head + self.reserve
+        """On the device, at the worst moment."""
+        parts = self.gathered + self.activations + self.head + self.update + self.looking
+        return self.state + parts - self.apart + self.reserve
 
 
 def parts_of(model: Painter, settings: TrainSettings, *, four_bit: bool = False) -> Parts:
@@ -232,21 +243,42 @@ def gathered_bytes(parts: Parts, settings: TrainSettings, *, sharing: Sharing) -
     return weights + max(w * root + (w + WIDE) * block, (w + WIDE) * root)
 
 
-def head_bytes(model: Painter, settings: TrainSettings, *, positions: int) -> int:
+@dataclass(frozen=True)
+class HeadBytes:
+    """Bytes of the loss on labelled states."""
+
+    passing: int
+    """While a slice of the logits is there: the states, the slice and what is made of it."""
+    kept: int
+    """Until the backward pass: gradients of the states, and of the head where it is trained."""
+
+    @property
+    def total(self) -> int:
+        """The most."""
+        return self.passing + self.kept
+
+
+def head_bytes(model: Painter, settings: TrainSettings, *, positions: int, device_type: str = "cuda") -> HeadBytes:
     """Bytes of the loss on `positions` labelled states.
 
-    w D for the states, 4 D for their gradients, three slices of logits (`HEAD_BYTES` each, never more than there are),
-    and where the head or rows of it are trained 4 D V for the sum of its gradients. Where only rows are, w D V more for
-    the head with these rows laid over it.
+    w D for the states, 4 D for their gradients; a slice of logits in float32, a copy in the products' type where that
+    is narrower, on a CPU one in float32 again; 4 D V for the sum of the head's gradients where it or rows of it are
+    trained. Where only rows are, w D V more for the head with these rows laid over it. A head that is called (adapters,
+    quantised) takes slices of `CALLED_ROWS` and keeps what autograd does.
     """
     w, layer = _product_bytes(settings), _head_layer(model)
-    states = positions * model.hidden_size * (w + WIDE)
     rows = getattr(layer, "token_adapter", layer)
     weight: Tensor = getattr(rows, "base_layer", rows).weight  # type: ignore[assignment]
-    logits = LOGIT_COPIES * min(HEAD_BYTES, WIDE * positions * len(weight))
+    most = CUDA_HEAD_BYTES if device_type == "cuda" else HEAD_BYTES
+    copies = 1.0 if w == WIDE else 1.5 if device_type == "cuda" else 2.5
+    logits = int(copies * min(max(most, WIDE * len(weight)), WIDE * positions * len(weight)))
     trained = any(parameter.requires_grad for parameter in layer.parameters())
     laid = weight.element_size() * weight.numel() if trained and not weight.requires_grad else 0
-    return states + logits + laid + (WIDE * weight.numel() if trained else 0)
+    narrow = w * weight.numel() if w < weight.element_size() else 0
+    return HeadBytes(
+        passing=positions * model.hidden_size * w + logits + laid + narrow,
+        kept=WIDE * positions * model.hidden_size + (WIDE * weight.numel() if trained else 0),
+    )
 
 
 def _head_layer(model: Painter) -> nn.Module:
@@ -267,6 +299,23 @@ def projector_activations(projectors: Sequence[Projector], hidden_size: int, *, 
     return WIDE * positions * sum(widths)
 
 
+def muon_bytes(parts: Parts) -> int:
+    """Bytes while Muon orthogonalises its largest stack of matrices (M, N), G of a shape: 3 G M N and 2 G M^2, M <= N.
+
+    Of sharded weights every rank has whole matrices meanwhile.
+    """
+    shapes: dict[tuple[int, ...], int] = {}
+    for held in parts.all:
+        if held.orthogonalised:
+            shapes[held.shape] = shapes.get(held.shape, 0) + 1
+    return max((_stack_bytes(shape, count) for shape, count in shapes.items()), default=0)
+
+
+def _stack_bytes(shape: tuple[int, ...], count: int) -> int:
+    together = min(count, max(1, STACK_BYTES // (WIDE * prod(shape))))
+    return WIDE * together * (MOMENT_COPIES * prod(shape) + 2 * min(shape) ** 2)
+
+
 def training_memory(
     model: Painter,
     settings: TrainSettings,
@@ -275,25 +324,34 @@ def training_memory(
     passes: PassBytes,
     sequences: Sequences,
     rows: int,
+    parts_of_batch: int = 1,
+    looking: int = 0,
     projectors: Sequence[Projector] = (),
     four_bit: bool = False,
+    device_type: str = "cuda",
 ) -> Memory:
     """What every device holds at the worst moment of a step with micro-batches of so many rows.
 
-    The model is on the meta device; `passes` are those of such a micro-batch with these settings and this sharing.
-    Parts that are largest at different moments are added up.
+    The model is on the meta device; `passes` are those of such a micro-batch with these settings and this sharing,
+    `parts_of_batch` how many a step has, `looking` what a validation batch takes.
     """
     parts = parts_of(model, settings, four_bit=four_bit)
     state = state_memory(parts, settings, sharing=sharing, projectors=projectors)
+    head = head_bytes(model, settings, positions=rows * sequences.labelled, device_type=device_type)
+    aligned = projector_activations(projectors, model.hidden_size, positions=rows * sequences.aligned)
     found = replace(
         state,
         gathered=gathered_bytes(parts, settings, sharing=sharing),
-        activations=passes.peak
-        + projector_activations(projectors, model.hidden_size, positions=rows * sequences.aligned),
-        head=head_bytes(model, settings, positions=rows * sequences.labelled),
+        activations=passes.peak + aligned,
+        head=head.total,
+        update=muon_bytes(parts),
+        looking=looking,
         reserve=RESERVE_BYTES,
-        host=state.state if settings.checkpoint_in_background else 0,
+        host=state.state - state.gradients - state.projector // 4 if settings.checkpoint_in_background else 0,
     )
+    grows = parts_of_batch == 1 and sharing.ranks == 1
+    worst = _worst(found, passes, head, aligned=aligned, grows=grows)
+    found = replace(found, apart=found.total - found.reserve - worst)
     if settings.ema_offload:
         landing = found.averages // max(1, len(settings.ema_decays))  # weights on their way to them
         found = replace(found, averages=0, host=found.host + found.averages + landing)
@@ -301,6 +359,29 @@ def training_memory(
         away = found.state - found.projector
         found = replace(found, weights=0, gradients=0, optimizer=0, averages=0, host=found.host + away)
     return found
+
+
+def _worst(found: Memory, passes: PassBytes, head: HeadBytes, *, aligned: int, grows: bool) -> int:
+    """Bytes at the worst moment of a step.
+
+    `grows`: gradients come in the backward pass and are let go before the next one; else (micro-batches are summed,
+    buckets or shards of several ranks) they are there all the time.
+    """
+    stays = found.state - found.gradients + found.gathered
+    before, projector = (0 if grows else found.gradients), found.projector // 4  # of which a quarter are gradients
+    stays -= projector if grows else 0
+    forward = max(passes.forward, passes.kept + head.total, passes.kept + head.kept + aligned)
+    if grows:
+        # the alignment's part goes backward first, blocks one by one after it
+        backward = max(
+            passes.kept + head.kept + aligned + projector,
+            passes.opening + head.kept + projector,
+            passes.closing + head.kept + projector,
+        )
+    else:
+        backward = head.kept + max(passes.backward, passes.kept + aligned)
+    after = found.gradients + projector + max(found.update, found.looking)
+    return stays + max(before + forward, before + backward, after)
 
 
 def largest_rows(memory_of: Callable[[int], Memory], device_bytes: int, *, most: int) -> int:

@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -101,11 +102,36 @@ def test_splits_hold_out_kinds_and_nothing_else() -> None:
     assert {len(each.shapes) for each in forms} == {1, 2, 3, 4}
 
 
-def test_a_seed_is_a_set_and_a_larger_set_begins_like_a_smaller_one() -> None:
-    first = list(ShapesSource(num_images=40).scan())
-    assert first == list(ShapesSource(num_images=60).scan())[:40]
-    other = list(ShapesSource(num_images=40, seed=1).scan())
+@pytest.mark.parametrize("classes", [False, True])
+def test_a_seed_is_a_set_and_a_larger_set_begins_like_a_smaller_one(classes: bool) -> None:
+    first = list(ShapesSource(num_images=40, classes=classes).scan())
+    assert first == list(ShapesSource(num_images=60, classes=classes).scan())[:40]
+    other = list(ShapesSource(num_images=40, seed=1, classes=classes).scan())
     assert [a.prompt for a in first] != [b.prompt for b in other]
+
+
+def test_a_class_is_a_kind_that_its_name_says_and_every_split_shows_as_often() -> None:
+    source = ShapesSource(num_images=960, classes=True)
+    records, names = list(source.scan()), source.class_names()
+    assert len(set(names)) == len(COLOURS) * len(SHAPES)
+    assert Counter(record.split for record in records) == {"train": 864, "validation": 48, "test": 48}
+    for split, count in {"train": 36, "validation": 2, "test": 2}.items():
+        found = Counter(record.label for record in records if record.split == split)
+        assert found == dict.fromkeys(range(len(names)), count)
+    for record in records:
+        assert record.label is not None
+        assert record.image is not None
+        assert record.prompt == record.image.column == names[record.label]
+        asked = read_caption(record.prompt)
+        assert (len(asked.shapes), asked.place, asked.mirrored) == (1, None, False)
+        assert not record.group  # pictures of a class are no variants of each other
+    assert {kind for name in names for kind in read_caption(name).kinds} >= HELD_OUT
+    assert len({(record.image.column, record.image.place) for record in records if record.image}) == len(records)
+    following = Counter(
+        (b.label - a.label) % 24 for a, b in pairwise(records) if a.label is not None and b.label is not None
+    )
+    assert max(following.values()) < len(records) / 8  # neighbours tell nothing of each other
+    assert ShapesSource().class_names() == ()
 
 
 @pytest.mark.parametrize(("caption", "asked"), CAPTIONS.items())

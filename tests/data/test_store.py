@@ -281,6 +281,42 @@ def test_rows_without_a_value_are_left_out(store: Store) -> None:
     assert not (store.path / "failures.jsonl").exists()
 
 
+def ids_of(store: Store, rows: np.ndarray) -> list[str]:
+    return [store.fields(int(row), "id")[0] for row in rows]
+
+
+def test_a_share_of_a_split_is_chosen_by_the_ids_alone(tmp_path: Path) -> None:
+    """Whatever the order, the files and the other records of the store, and a smaller share lies in a larger one."""
+    records = [replace(RECORDS[0], id=f"picture {n}") for n in range(40)]
+    others = [replace(RECORDS[1], id=f"held out {n}") for n in range(40)]
+    whole = make_store(tmp_path / "whole", tuple(records))
+    mixed = make_store(
+        tmp_path / "mixed", tuple(each for pair in zip(records[::-1], others, strict=True) for each in pair)
+    )
+    ranked = sorted((record.id for record in records), key=lambda name: hashlib.sha256(name.encode()).digest())
+    for most in (1, 7, 20, 39):
+        for store in (whole, mixed):
+            rows = store.rows("train", at_most=most)
+            assert set(ids_of(store, rows)) == set(ranked[:most])
+            assert (np.diff(rows) > 0).all()
+    for enough in (40, 41, None):
+        np.testing.assert_array_equal(mixed.rows("train", at_most=enough), mixed.rows("train"))
+    assert len(mixed.rows("validation")) == 40
+
+
+def test_no_record_stands_in_for_one_that_failed(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", tuple(replace(RECORDS[0], id=f"picture {n}") for n in range(20)))
+    chosen = store.rows("train", at_most=6)
+    writer = store.writer("codes", made_by=MAKER, shape=(1,), dtype="uint8")
+    for shard in range(store.num_shards):
+        rows = store.shard_rows(shard)
+        ids: pa.Array = store.records_of(shard).column("id").combine_chunks()
+        good = ~np.isin(np.array(rows), chosen[:2])
+        writer.write(shard, ids, np.ones((len(rows), 1, 1)), valid=good)
+    writer.publish()
+    assert store.rows("train", columns=["codes"], at_most=6).tolist() == chosen[2:].tolist()
+
+
 def test_a_split_whose_records_all_failed_is_told(store: Store) -> None:
     writer = store.writer("codes", made_by=MAKER, shape=(1,), dtype="uint8")
     for shard in range(store.num_shards):

@@ -11,20 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from arra.report.drawing import BOTTOM, LEFT, MOST_POINTS, RIGHT, TOP, thinned, ticks
 from arra.report.grids import png_bytes, strip
-from arra.report.run_page import (
-    BOTTOM,
-    LEFT,
-    MOST_POINTS,
-    RIGHT,
-    TOP,
-    RunSoFar,
-    run_page,
-    seconds_left,
-    thinned,
-    ticks,
-    where_it_is,
-)
+from arra.report.run_page import RunSoFar, run_page, seconds_left, where_it_is
 
 EVIL = "<script>alert('x')</script> \"quoted\" & <img src=https://example.org/x.png>"
 

@@ -23,19 +23,17 @@ from arra.evaluate.card import Evaluation
 from arra.evaluate.lab import VALIDATION
 from arra.report.lab_page import interval_meaning, short_count
 from arra.runs import Run, file_hash
+from arra.stages.compute import Phase, steps_within, total_flops
 from arra.stages.evaluate import evaluate
 from arra.stages.lab import (
     LabDone,
     LabOptions,
-    Phase,
     command_of,
     equal_compute,
     prepare_store,
     read_rows,
     row_overrides,
     run_lab,
-    steps_within,
-    total_flops,
 )
 from arra.stages.train import train
 
@@ -73,7 +71,7 @@ class InProcess:
         self.begun: list[str] = []
         self.fails: str | None = None
 
-    def start(self, arguments: list[str], log: Path) -> Ended:
+    def start(self, arguments: list[str], log: Path, **where: object) -> Ended:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("")
         what, place = arguments[0], arguments[1 if arguments[0] == "evaluate" else arguments.index("--out") + 1]

@@ -12,7 +12,7 @@ from rich.console import Console
 import arra.stages.tasks
 from arra.display import Display
 from arra.errors import ArraError
-from arra.stages.tasks import Failure, Task, check, run_processes
+from arra.stages.tasks import Failure, Places, Task, check, run_processes
 
 
 def task(name: str, folder: Path) -> Task:
@@ -31,7 +31,7 @@ time.sleep(60)
 
 
 def test_an_interruption_waits_for_the_trainings_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def begin(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    def begin(arguments: list[str], log: Path, **where: object) -> subprocess.Popen[bytes]:
         log.write_text("")
         return subprocess.Popen([sys.executable, "-c", SAVES_WHEN_ASKED, *arguments])
 
@@ -79,7 +79,7 @@ sys.exit(int(code))
 def test_a_failed_run_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     begun: list[str] = []
 
-    def begin(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    def begin(arguments: list[str], log: Path, **where: object) -> subprocess.Popen[bytes]:
         begun.append(log.name)
         with log.open("wb") as file:
             return subprocess.Popen([sys.executable, "-c", ENDS, *arguments], stdout=file)
@@ -90,7 +90,7 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: 
     commands = [(task(name, tmp_path / name), list(end)) for name, end in ends.items()]
     printed = io.StringIO()
     display = Display(Console(file=printed))
-    failures = run_processes(commands, display, "evaluating", processes=1, keep_going=True)
+    failures = run_processes(commands, display, "evaluating", places=Places(1), keep_going=True)
     assert begun == [".a.log", ".b.log", ".c.log"]
     log = tmp_path / ".b.log"
     bug = f"evaluating b ended with code 1; the log is {log} (KeyError: 'x')"
@@ -102,5 +102,5 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: 
     assert printed.getvalue().splitlines() == ["a: evaluating failed: no space", f"b: evaluating failed: {bug}"]
     assert [path.name for path in tmp_path.glob(".*.log")] == [log.name]  # of a bug the log stays
     with pytest.raises(ArraError, match=r"^no space$"):
-        run_processes(commands, display, "evaluating", processes=1)
+        run_processes(commands, display, "evaluating", places=Places(1))
     assert begun[3:] == [".a.log"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arra.models import Painter
-from arra.train.activations import pass_bytes
+from arra.train.activations import traced_passes
 from tests.train.meta_models import decoder, painter, settings, tokens
 
 
@@ -66,7 +66,7 @@ def test_what_autograd_keeps(kind: str, which: str, precision: str) -> None:
         inputs = tokens(3, 20, device="cpu")
     s = settings(precision="float32" if precision == "float32" else "bfloat16")
     metas = {name: value.to("meta") for name, value in inputs.items()}
-    found = pass_bytes(empty, s, inputs=metas, sharded=precision == "narrow")
+    found = traced_passes(empty, s, inputs=metas, sharded=precision == "narrow").memory
     if precision == "narrow":
         full = full.to(torch.bfloat16)
         inputs = {n: v.to(torch.bfloat16) if v.is_floating_point() else v for n, v in inputs.items()}
@@ -84,7 +84,9 @@ def test_a_lean_block_keeps_twelve_widths() -> None:
     By hand for 4 rows of 16 positions, width 48, inner width 128, 4 heads, one block more.
     """
     three, four = (
-        pass_bytes(decoder(num_layers=count, **DROPPING), settings(), inputs=tokens(4, 16), sharded=False).kept
+        traced_passes(
+            decoder(num_layers=count, **DROPPING), settings(), inputs=tokens(4, 16), sharded=False
+        ).memory.kept
         for count in (3, 4)
     )
     numbers = 48 + 3 * 48 + 48 + 48 + 2 * 128 + 1 + 1 + 4  # and two norms' scales and attention's sum of each head
@@ -96,7 +98,7 @@ def test_a_narrow_block_keeps_what_the_plain_formulas_do() -> None:
     """In bfloat16: each norm's float32 input and two narrow forms, heads, attention, four inner widths."""
     s = settings(precision="bfloat16")
     three, four = (
-        pass_bytes(decoder(num_layers=count, **DROPPING), s, inputs=tokens(4, 16), sharded=True).kept
+        traced_passes(decoder(num_layers=count, **DROPPING), s, inputs=tokens(4, 16), sharded=True).memory.kept
         for count in (3, 4)
     )
     norm = 4 * 48 + 2 * 48 + 2 * 48 + 4
@@ -109,27 +111,27 @@ def test_deeper_models_take_as_much_for_every_block(recompute: str, sharded: boo
     """Gemma's blocks are of two kinds, in turn."""
     s = settings(precision="bfloat16", recompute=recompute)
     model = painter("gemma2", num_hidden_layers=6)
-    found = pass_bytes(model, s, inputs=tokens(2, 24), sharded=sharded)
+    found = traced_passes(model, s, inputs=tokens(2, 24), sharded=sharded)
     monkeypatch.setattr("arra.train.activations.TRACED_BLOCKS", (2, 6))
-    assert pass_bytes(model, s, inputs=tokens(2, 24), sharded=sharded) == found
+    assert traced_passes(model, s, inputs=tokens(2, 24), sharded=sharded) == found
 
 
 def test_recomputation_keeps_less_and_full_the_least() -> None:
     model, full = painter(num_hidden_layers=8, **WIDE), settings(precision="bfloat16", recompute="full")
     found = {
-        how: pass_bytes(model, full.model_copy(update={"recompute": how}), inputs=tokens(4, 64), sharded=True)
+        how: traced_passes(model, full.model_copy(update={"recompute": how}), inputs=tokens(4, 64), sharded=True).memory
         for how in ("none", "selective", "full")
     }
     assert found["full"].kept < 0.2 * found["selective"].kept < found["none"].kept * 0.2
     assert found["full"].peak < found["selective"].peak < found["none"].peak
-    deeper = pass_bytes(painter(num_hidden_layers=10, **WIDE), full, inputs=tokens(4, 64), sharded=True)
+    deeper = traced_passes(painter(num_hidden_layers=10, **WIDE), full, inputs=tokens(4, 64), sharded=True).memory
     assert deeper.kept - found["full"].kept == 2 * 2 * 4 * 64 * 96  # what enters each of two blocks more
 
 
 def test_a_model_stays_as_it_was() -> None:
     model = decoder(num_layers=6).eval()
     before = [dict(block.__dict__) for block in model.blocks]
-    pass_bytes(model, settings(recompute="full"), inputs=tokens(2, 16), sharded=False)
+    traced_passes(model, settings(recompute="full"), inputs=tokens(2, 16), sharded=False)
     assert [dict(block.__dict__) for block in model.blocks] == before
     assert len(model.layers) == 6
     assert not any(module.training for module in model.modules())

@@ -1,0 +1,108 @@
+"""What every row of a paper's table would take of a machine: `arra plan` of a recipe with a table and no row.
+
+read_table --> a plan for each row (rows of one model are traced once) --> one line each, and the sum of all
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from arra.config import Recipe
+from arra.data.store import Store
+from arra.stages.plan import MachinePlan, plan
+from arra.stages.plan_machines import Machine
+from arra.stages.plan_report import UNKNOWN, gib
+from arra.stages.tables import Scale, read_table
+from arra.train.memory import local_elements
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """A row's training on one machine."""
+
+    name: str
+    recipe: Recipe
+    parameters: int
+    found: MachinePlan
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """All rows of a table that are trained."""
+
+    title: str
+    rows: tuple[RowPlan, ...]
+    seeds: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether every row fits."""
+        return all(row.found.fits for row in self.rows)
+
+    @property
+    def device_hours(self) -> float | None:
+        """Of all rows and seeds; None where one is not known."""
+        hours = [row.found.hours for row in self.rows]
+        if any(each is None for each in hours):
+            return None
+        return self.seeds * sum((row.found.hours or 0.0) * row.found.machine.count for row in self.rows)
+
+
+def plan_table(
+    name: str,
+    *,
+    machine: Machine,
+    scale: Scale = "full",
+    seeds: int = 1,
+    overrides: Sequence[str] = (),
+    stand_in: str | None = None,
+    store: Store | None = None,
+) -> TablePlan:
+    """What the rows of a table take on a machine.
+
+    Raises:
+        ArraError: the recipe has no table, or a row cannot be planned.
+    """
+    table = read_table(name, scale=scale, overrides=overrides)
+    rows = []
+    for row in table.rows:
+        if row.recipe is None:
+            continue
+        decoder = row.recipe.model.llm is None
+        found = plan(row.recipe, machines=[machine], stand_in=None if decoder else stand_in, store=store)
+        count = sum(local_elements(held.shape, 1) for held in found.planned.parts.all)
+        rows.append(RowPlan(row.name, row.recipe, count, found.machines[0]))
+    return TablePlan(f"{table.section.title}: {table.section.about}", tuple(rows), seeds)
+
+
+def table_report(found: TablePlan) -> Group:
+    """The rows for a console, and what all of them take together."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for place, heading in enumerate(
+        ("row", "parameters", "GiB each", "fits", "s a step", "steps", "hours", "x devices")
+    ):
+        table.add_column(heading, justify="left" if place == 0 else "right")
+    for row in found.rows:
+        each = row.found
+        hours, step = each.hours, None if each.time is None else each.time.seconds
+        table.add_row(
+            row.name,
+            f"{row.parameters:,}",
+            gib(each.needed),
+            "yes" if each.fits else "no",
+            UNKNOWN if step is None else f"{step:.3g}",
+            UNKNOWN if each.steps is None else f"{each.steps:,}",
+            UNKNOWN if hours is None else f"{hours:,.2f}",
+            UNKNOWN if hours is None else f"{hours * each.machine.count:,.2f}",
+        )
+    total = found.device_hours
+    seeds = f"{found.seeds} seed{'s' if found.seeds > 1 else ''}"
+    sum_line = (
+        f"{len(found.rows)} rows, {seeds}: "
+        + ("hours are not known" if total is None else f"{total:,.1f} device hours")
+        + " of training, where no row is trained for another table as well"
+    )
+    return Group(Text(found.title), table, Text(sum_line))
