@@ -1156,30 +1156,54 @@ def plan(
     recipe: RecipeArgument,
     gpus: Annotated[
         list[str],
-        typer.Option("--gpus", metavar="NxGIB", help="Devices: 4x48 (GiB each) or 8xh100; may be repeated."),
+        typer.Option(
+            "--gpu", "--gpus", metavar="NxCARD", help="Devices: 8xa6000-48g, 8xh100, 4x48 (GiB each), cpu; repeatable."
+        ),
     ],
     row: RowOption = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="In place of a language model that is not there: chameleon-7b, chameleon-34b."),
     ] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="A store, which tells how many pictures there are.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Make 20 real steps here, and reckon with the speed that they reach.")
+    ] = False,
+    scale: Annotated[
+        str | None, typer.Option("--scale", help="Of a table's rows: full (the default), embedded.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Of a table's rows, each trained so often.")] = 1,
     overrides: SetOption = None,
 ) -> None:
-    """What a training takes of every device's memory, how it is shared, what fits; nothing is read or started.
+    """What a training takes of every device's memory, how long it trains, what of the disk; nothing is started.
 
-    Ends with code 1 if it fits on none of the devices asked for.
+    Of a recipe with a paper's table and no --row every row is told. Ends with code 1 if it fits on none of the
+    machines asked for.
 
-    Example: arra plan llamagen_c2i --row 3b --gpus 4x48 --gpus 8x80
+    Example: arra plan llamagen_c2i --row 3b --gpu 4x48 --gpu 8xa100
 
-    Example: arra plan arra_mimic --row arra-adapt --gpus 4xa6000
+    Example: arra plan arra_mimic --row arra-adapt --gpu 8xa6000-48g
+
+    Example: arra plan table1 --gpu 8xa6000-ada
     """
-    from arra.config import load_recipe
-    from arra.stages.plan import parse_machine, report
-    from arra.stages.plan import plan as plan_training
+    from arra.stages.plan_request import PlanRequest, answer
 
-    machines = [parse_machine(written) for written in gpus]
-    found = plan_training(load_recipe(recipe, row=row, overrides=overrides or ()), machines=machines, stand_in=model)
-    _console().print(report(found), soft_wrap=True)
+    found = answer(
+        PlanRequest(
+            recipe=str(recipe),
+            machines=tuple(gpus),
+            row=row,
+            overrides=tuple(overrides or ()),
+            stand_in=model,
+            store=store,
+            probing=probe,
+            scale=scale,
+            seeds=seeds,
+        )
+    )
+    _console().print(found.shown, soft_wrap=True)
     raise typer.Exit(0 if found.fits else 1)
 
 

@@ -193,8 +193,10 @@ def _advice(found: Plan) -> Iterator[str]:
             continue
         where = each.machine.written
         if each.memory.total <= each.machine.bytes_each:
-            what = "painting between steps" if each.machine.name != CPU else "training and a checkpoint being written"
-            yield f"{where}: {gib(each.needed)} GiB for {what} do not fit; lower evaluate.batch_size, or paint afterwards"
+            on_cpu = each.machine.name == CPU
+            what = "painting between steps" + (", and a checkpoint that is written meanwhile," if on_cpu else "")
+            advice = "lower evaluate.batch_size" + (", or set train.checkpoint_in_background=false" if on_cpu else "")
+            yield f"{where}: {gib(each.needed)} GiB with {what} do not fit; {advice}"
             continue
         yield f"{where}: {gib(each.memory.total)} GiB do not fit. Each of these alone:"
         for remedy in sorted(each.remedies, key=lambda remedy: not remedy.fits):

@@ -10,10 +10,9 @@ Letters: R ranks that share one set of weights, N weights, w bytes of a number i
 from dataclasses import dataclass
 from math import ceil, prod
 
-from arra.models.extend import head_layer
 from arra.stages.plan_machines import Machine
 from arra.stages.planned_model import PlannedModel
-from arra.train.memory import WIDE, Held, Sharing, local_elements
+from arra.train.memory import WIDE, Held, Sharing, local_elements, output_layer
 from arra.train.meters import model_flops
 from arra.train.optimizer import NEWTON_SCHULZ_STEPS
 from arra.train.savings import rows_of
@@ -126,7 +125,7 @@ def step_flops(planned: PlannedModel, settings: TrainSettings, *, ranks: int, sh
 
 def head_flops(planned: PlannedModel) -> int:
     """Of a picture's labels: logits, the states' gradients and, where it is trained, the head's."""
-    layer = head_layer(planned.model)
+    layer = output_layer(planned.model)
     rows = getattr(layer, "token_adapter", layer)
     weight = getattr(rows, "base_layer", rows).weight
     trained = any(parameter.requires_grad for parameter in layer.parameters())

@@ -34,6 +34,7 @@ class TablePlan:
     """All rows of a table that are trained."""
 
     title: str
+    machine: Machine
     rows: tuple[RowPlan, ...]
     seeds: int
 
@@ -75,7 +76,7 @@ def plan_table(
         found = plan(row.recipe, machines=[machine], stand_in=None if decoder else stand_in, store=store)
         count = sum(local_elements(held.shape, 1) for held in found.planned.parts.all)
         rows.append(RowPlan(row.name, row.recipe, count, found.machines[0]))
-    return TablePlan(f"{table.section.title}: {table.section.about}", tuple(rows), seeds)
+    return TablePlan(f"{table.section.title}: {table.section.about}", machine, tuple(rows), seeds)
 
 
 def table_report(found: TablePlan) -> Group:

@@ -166,7 +166,7 @@ def _orthogonalised(model: Painter, settings: TrainSettings) -> Iterator[nn.Para
 
 def _quantised(model: Painter) -> Iterator[nn.Parameter]:
     """Weights of linear layers but the head's, where they are frozen."""
-    head = _head_layer(model)
+    head = output_layer(model)
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad and module is not head:
             yield module.weight  # type: ignore[misc]
@@ -266,7 +266,7 @@ def head_bytes(model: Painter, settings: TrainSettings, *, positions: int, devic
     trained. Where only rows are, w D V more for the head with these rows laid over it. A head that is called (adapters,
     quantised) takes slices of `CALLED_ROWS` and keeps what autograd does.
     """
-    w, layer = _product_bytes(settings), _head_layer(model)
+    w, layer = _product_bytes(settings), output_layer(model)
     rows = getattr(layer, "token_adapter", layer)
     weight: Tensor = getattr(rows, "base_layer", rows).weight  # type: ignore[assignment]
     most = CUDA_HEAD_BYTES if device_type == "cuda" else HEAD_BYTES
@@ -281,7 +281,8 @@ def head_bytes(model: Painter, settings: TrainSettings, *, positions: int, devic
     )
 
 
-def _head_layer(model: Painter) -> nn.Module:
+def output_layer(model: Painter) -> nn.Module:
+    """The layer that gives logits, adapters included."""
     layer: nn.Module = model.lm.get_output_embeddings() if isinstance(model, CausalLM) else model.output  # type: ignore[operator]
     return layer
 

@@ -102,7 +102,9 @@ def test_what_a_row_varies_is_varied_in_its_stand_in(name: str) -> None:
     """The alignment's own settings are the row's; layers, sizes of models and pictures keep their order."""
     full, small = trained(read(name, scale="full")), trained(read(name, scale="embedded"))
     assert list(full) == list(small)
-    layers, sizes, pictures = ([], []), ([], []), ([], [])
+    layers: tuple[list[int], list[int]] = ([], [])
+    sizes: tuple[list[int], list[int]] = ([], [])
+    pictures: tuple[list[int], list[int]] = ([], [])
     for scale, recipes in enumerate((full, small)):
         layers[scale].extend(recipe.align.layer for recipe in recipes.values() if recipe.align is not None)
         pictures[scale].extend(recipe.data.image_size for recipe in recipes.values())
