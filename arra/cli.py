@@ -817,7 +817,7 @@ def report(
         list[Path],
         typer.Argument(help="Evaluated runs; the first one's row is the baseline. Or one run as it is being trained."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for report.html.")] = Path("runs/report"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for report.html, .md, .tex, .csv.")] = Path("runs/report"),
     title: Annotated[str, typer.Option("--title", help="Title of the page.")] = "arra report",
 ) -> None:
     """One HTML page that compares runs and works offline; of one run that is not evaluated, its training so far.

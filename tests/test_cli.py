@@ -46,7 +46,7 @@ def test_help_names_every_command(run_arra):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "nosuch"], "nosuch: no such file; built-in recipes: alignment_lab, arra_mimic, coherence, demo"),
+        (["train", "nosuch"], "nosuch: no such file; built-in recipes: alignment_lab, alignment_study, appendix1"),
         (["train", "demo.yml"], r"demo.yml: no such file; did you mean 'demo'\?; built-in recipes"),
         (["train", "demo", "--row", "alinged"], r"demo: no row 'alinged'; did you mean 'aligned'\?; rows: baseline, "),
         (["train", "demo", "--set", "train.stps=3"], r"--set train.stps: unknown key; did you mean 'steps'\?"),
@@ -190,7 +190,7 @@ def test_training_from_the_command_line_returns_at_once_when_done(pipeline, toy_
     assert (answer.code, answer.out.strip(), answer.err) == (0, str(toy_copy.aligned), "")
     assert weights.stat().st_mtime_ns == before.st_mtime_ns
     assert re.search(
-        "another recipe: train.steps is 100 in this run, now 101", run_arra(*command, "--set", "train.steps=101").error
+        "another recipe: train.steps is 40 in this run, now 41", run_arra(*command, "--set", "train.steps=41").error
     )
 
 

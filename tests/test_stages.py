@@ -68,10 +68,10 @@ def test_every_stage_leaves_what_it_says(pipeline):
         names = {path.name for path in run.iterdir()}
         assert {"recipe.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "previews", "store.json"} <= names
         assert {"model.safetensors", "model.json", "tokenizer.json", "metrics.json"} <= names
-        assert [path.name for path in sorted((run / "previews").iterdir())] == ["step-000050.png", "step-000100.png"]
+        assert [path.name for path in sorted((run / "previews").iterdir())] == ["step-000020.png", "step-000040.png"]
         rows = Run.open(run).read_metrics()
-        assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 101))
-        assert [row["step"] for row in rows if row["kind"] == "validation"] == [50, 100]
+        assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 41))
+        assert [row["step"] for row in rows if row["kind"] == "validation"] == [20, 40]
         found = {result.metric: result.value for result in Evaluation.load(run).card.results}
         assert {"nll", "caption_gain", "frechet", "kid_x1000", "retrieval_at_1", "psnr_db"} <= found.keys()
         assert found["bits_per_token"] == pytest.approx(found["nll"] / math.log(2))
@@ -115,11 +115,11 @@ def test_an_interrupted_training_ends_in_the_same_weights(pipeline, tmp_path: Pa
     for name in ("model.safetensors", "model.json", "tokenizer.json"):
         assert file_hash(tmp_path / "aligned" / name) == file_hash(pipeline.aligned / name)
     rows = Run.open(tmp_path / "aligned").read_metrics()
-    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 101))
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 41))
     steps = [row["step"] for row in rows if row["step"] > 33]
-    assert [what[:3] for what in told] == [("step", step, 100) for step in steps]
+    assert [what[:3] for what in told] == [("step", step, 40) for step in steps]
     last = [row for row in rows if row["kind"] == "train"][-1]
-    assert f"ntp {last['ntp_loss']:.3f}, gva {last['gva_loss']:.3f}, " in [what[3] for what in told][steps.index(100)]
+    assert f"ntp {last['ntp_loss']:.3f}, gva {last['gva_loss']:.3f}, " in [what[3] for what in told][steps.index(40)]
 
 
 def test_features_that_are_no_numbers_are_told_before_training(

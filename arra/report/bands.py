@@ -20,7 +20,7 @@ MOST_BAND_POINTS = 60
 """Of a curve: pages hold many; of more, every n-th is drawn, and the last."""
 BAND_MEANING = "Lines are means over training seeds; bands reach from the lowest to the highest seed."
 TEACHER_MEANING = (
-    "Where the time is the horizontal axis, what a row's teachers took for one pass over the training pictures stands "
+    "Where the time is the horizontal axis, what a row's teachers take for one pass over the training pictures stands "
     "before its first step."
 )
 
@@ -104,15 +104,13 @@ def _drawings(
 
 def _points(run: SeedRun, kind: str, key: str) -> dict[int, tuple[float, float]]:
     """Time with the teachers' pass, and value, by step."""
-    clock = sorted({int(row["step"]): float(row["seconds"]) for row in run.metrics if "seconds" in row}.items())
-    steps, seconds = [0, *(step for step, _ in clock)], [0.0, *(second for _, second in clock)]
-    before = run.teacher_seconds or 0.0
-    return {
-        # rows of painted pictures do not say when they were: steps before and after them do
-        int(row["step"]): (before + float(np.interp(int(row["step"]), steps, seconds)), float(row[key]))
-        for row in run.metrics
-        if row.get("kind") == kind and is_finite(row.get(key))
-    }
+    clock = {0: 0.0} | {int(row["step"]): float(row["seconds"]) for row in run.metrics if "seconds" in row}
+    steps = sorted(clock)
+    rows = [row for row in run.metrics if row.get("kind") == kind and is_finite(row.get(key))]
+    # rows of painted pictures do not say when they were: steps before and after them do
+    at = np.interp([int(row["step"]) for row in rows], steps, [clock[step] for step in steps])
+    at = at + (run.teacher_seconds or 0.0)
+    return {int(row["step"]): (float(when), float(row[key])) for row, when in zip(rows, at, strict=True)}
 
 
 def _quality_columns(runs: Sequence[SeedRun]) -> list[str]:

@@ -144,7 +144,7 @@ def _table_view(page: TablesPage, table: TableResult, *, anchor: str) -> dict[st
         "forests": [one for one in forests if one["is_shown"]],
         "more_forests": [one for one in forests if not one["is_shown"]],
         "groups": list(_curves(table, runs, places, names)),
-        "pictures": [_pictures(one, names, places) for one in page.pictures if one.table == table.recipe],
+        "pictures": [_pictures(one, table, places) for one in page.pictures if one.table == table.recipe],
         "differences": _differences(runs, names),
         "names": names,
     }
@@ -244,8 +244,13 @@ def _curves(
             yield group or "", [draw(one) for one in drawings]
 
 
-def _pictures(one: TablePictures, names: Mapping[str, str], places: Mapping[str, int]) -> dict[str, Any]:
+def _pictures(one: TablePictures, table: TableResult, places: Mapping[str, int]) -> dict[str, Any]:
     """A figure for each prompt: the rows' pictures beside each other."""
+    has_groups = len({row.group for row in table.rows}) > 1
+    names = {
+        row.name: " ".join(text for text in (row.group if has_groups else None, row.label) if text)
+        for row in table.rows
+    }
     figures = []
     for place, prompt in enumerate(one.prompts):
         strips = [

@@ -28,9 +28,9 @@ class Card:
     """Its name for `known_peak`."""
     memory: tuple[int, ...]
     """GiB, the usual size first."""
-    bandwidth: float
+    bandwidth: int
     """Of its memory, 10^9 bytes a second."""
-    link: float
+    link: int
     """To its neighbours in one machine, 10^9 bytes a second in one direction: NVLink, else PCIe of 16 lanes."""
 
 

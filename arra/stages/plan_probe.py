@@ -137,7 +137,7 @@ def probe(recipe: Recipe, planned: PlannedModel, *, peak_of: Callable[[PlannedMo
         device=str(device),
         blocks=depths,
         seconds=_deeper([each.seconds for each in found], depth),
-        peak=int(_deeper([each.peak for each in found], depth)),
+        peak=int(_deeper([float(each.peak) for each in found], depth)),
         predicted=whole,
     )
 
@@ -177,11 +177,12 @@ def measured(recipe: Recipe, planned: PlannedModel, *, device: torch.device, ste
     return Measured(statistics.median(times), allocated.peak)
 
 
-def random_trainer(recipe: Recipe, planned: PlannedModel, *, run: Path, device: torch.device) -> Trainer:
-    """A training of the recipe with random weights and batches, on one device; nothing is validated or painted."""
+def random_trainer(
+    recipe: Recipe, planned: PlannedModel, *, run: Path, device: torch.device, steps: int = WATCHED_STEPS + STEPS
+) -> Trainer:
+    """A training of so many steps with random weights and batches, on one device; nothing is validated or painted."""
     records = recipe.train.batch_size  # durations in epochs do not change what a step takes
-    settings = recipe.resolved(records).train
-    settings = settings.model_copy(update={"steps": max(settings.steps, 2 * STEPS)})
+    settings = recipe.resolved(records).train.model_copy(update={"steps": steps})
     torch.manual_seed(0)
     model = materialised(planned.model, device=device)
     alignment, shapes = None, feature_shapes(recipe, planned)

@@ -123,25 +123,26 @@ def time_table(found: Plan) -> Table:
     """Seconds of a step and what follows from them."""
     table = _empty_table("time", found)
 
-    def row(name: str, value: Callable[[MachinePlan], float | None], form: str) -> None:
+    def row(name: str, value: Callable[[MachinePlan], float | None], form: str = "") -> None:
         values = [value(each) for each in found.machines]
-        table.add_row(name, *(UNKNOWN if one is None else format(one, form) for one in values))
+        shown = (UNKNOWN if one is None else format(one, form) if form else number(one) for one in values)
+        table.add_row(name, *shown)
 
     def of_step(name: str) -> Callable[[MachinePlan], float | None]:
         return lambda each: None if each.time is None else float(getattr(each.time, name))
 
-    row("seconds of a step", of_step("seconds"), ",.3g")
-    row("  passes", of_step("compute"), ",.3g")
-    row("  traffic between devices, behind them", of_step("traffic"), ",.3g")
-    row("  update", of_step("update"), ",.3g")
+    row("seconds of a step", of_step("seconds"))
+    row("  passes", of_step("compute"))
+    row("  traffic between devices, behind them", of_step("traffic"))
+    row("  update", of_step("update"))
     row("share of the peak in passes", of_step("share"), ".0%")
     row("MFU", of_step("mfu"), ".0%")
-    row("images a second", of_step("images_per_second"), ",.3g")
-    row("tokens a second", of_step("tokens_per_second"), ",.0f")
-    row("hours of training", lambda each: each.hours, ",.2f")
-    row("hours times devices", lambda each: None if each.hours is None else each.hours * each.machine.count, ",.2f")
-    row("hours of preparing codes and features", lambda each: each.preparing_hours, ",.2f")
-    row("hours of painting for an evaluation", lambda each: each.painting_hours, ",.2f")
+    row("images a second", of_step("images_per_second"))
+    row("tokens a second", of_step("tokens_per_second"))
+    row("hours of training", lambda each: each.hours)
+    row("hours times devices", lambda each: None if each.hours is None else each.hours * each.machine.count)
+    row("hours of preparing codes and features", lambda each: each.preparing_hours)
+    row("hours of painting for an evaluation", lambda each: each.painting_hours)
     return table
 
 
@@ -177,6 +178,11 @@ def _probe_lines(found: Plan) -> Iterator[str]:
 def gib(count: int) -> str:
     """Bytes in GiB, with one place."""
     return f"{count / GIB:.1f}" if count >= 0.05 * GIB or not count else "<0.1"
+
+
+def number(value: float) -> str:
+    """Three places that say something, and all before the point."""
+    return f"{value:,.0f}" if value >= 100 or not value else f"{value:.3g}"
 
 
 def size(count: int) -> str:

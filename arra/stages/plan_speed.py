@@ -167,7 +167,7 @@ def traffic_bytes(planned: PlannedModel, settings: TrainSettings, *, sharing: Sh
     return within + between
 
 
-def update_bytes(planned: PlannedModel, settings: TrainSettings, *, sharing: Sharing) -> float:
+def update_bytes(planned: PlannedModel, settings: TrainSettings, *, sharing: Sharing) -> int:
     """Bytes that an update moves in each device's memory."""
     usual = ADAMW8BIT_BYTES if settings.optimizer == "adamw8bit" else ADAMW_BYTES
     aside = NORM_BYTES + AVERAGE_BYTES * len(settings.ema_decays)

@@ -14,7 +14,7 @@ from arra.config import Recipe
 from arra.data.store import Store
 from arra.stages.plan import MachinePlan, plan
 from arra.stages.plan_machines import Machine
-from arra.stages.plan_report import UNKNOWN, gib
+from arra.stages.plan_report import UNKNOWN, gib, number
 from arra.stages.tables import Scale, read_table
 from arra.train.memory import local_elements
 
@@ -94,16 +94,16 @@ def table_report(found: TablePlan) -> Group:
             f"{row.parameters:,}",
             gib(each.needed),
             "yes" if each.fits else "no",
-            UNKNOWN if step is None else f"{step:.3g}",
+            UNKNOWN if step is None else number(step),
             UNKNOWN if each.steps is None else f"{each.steps:,}",
-            UNKNOWN if hours is None else f"{hours:,.2f}",
-            UNKNOWN if hours is None else f"{hours * each.machine.count:,.2f}",
+            UNKNOWN if hours is None else number(hours),
+            UNKNOWN if hours is None else number(hours * each.machine.count),
         )
     total = found.device_hours
     seeds = f"{found.seeds} seed{'s' if found.seeds > 1 else ''}"
     sum_line = (
         f"{len(found.rows)} rows, {seeds}: "
-        + ("hours are not known" if total is None else f"{total:,.1f} device hours")
+        + ("hours are not known" if total is None else f"{number(total)} device hours")
         + " of training, where no row is trained for another table as well"
     )
     return Group(Text(found.title), table, Text(sum_line))

@@ -23,8 +23,9 @@ from arra.stages.painters import LoadedRun, load_run
 def report(folders: Sequence[Path], out: Path, *, title: str, timings: Sequence[tuple[str, float]] = ()) -> Path:
     """The page that compares evaluated runs; the first run's row is the one the others are held against.
 
-    Runs of one row are training seeds of it. Beside the page lies `grid.png`, the first split's pictures. Of a single
-    run that is not evaluated it is the page of its training, as far as that has come.
+    Runs of one row are training seeds of it. Beside the page lie `grid.png`, the first split's pictures, and the tables
+    as `report.md`, `report.tex` and `report.csv`. Of a single run that is not evaluated it is the page of its training,
+    as far as that has come.
 
     Raises:
         ArraError: a run is not evaluated, or two were measured differently.

@@ -1,6 +1,7 @@
 """The report says what the numbers say, loads nothing, and trusts no text."""
 
 import base64
+import csv
 import dataclasses
 import re
 from html.parser import HTMLParser
@@ -272,3 +273,53 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 )
 def test_durations_are_said_as_people_say_them(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_curves_have_bands_over_the_seeds_of_a_label(tmp_path: Path) -> None:
+    views = [dataclasses.replace(run_view("aligned", offset=0.1 * seed), seed=seed, recipe="") for seed in (0, 1)]
+    one, two = (build_report(tmp_path, title="x", runs=views[:count]).read_text(encoding="utf-8") for count in (1, 2))
+    assert "<polygon" not in one
+    assert two.count("<polygon") == 2  # by step and by time
+    assert "bands reach from the lowest to the highest seed" in two
+
+
+def test_what_differs_between_the_recipes_is_shown(tmp_path: Path) -> None:
+    views = [
+        dataclasses.replace(run_view(label), recipe=f"align: {{layer: {layer}}}\ntrain: {{seed: {layer}, steps: 9}}")
+        for label, layer in (("shallow", 1), ("deep", 7))
+    ]
+    page = build_report(tmp_path, title="x", runs=views).read_text(encoding="utf-8")
+    shown = page[page.index("What differs") : page.index("</details>")]
+    assert re.findall(r"<th scope=\"row\">(.*?)</th><td>(.*?)</td><td>(.*?)</td>", shown) == [("align.layer", "1", "7")]
+
+
+def test_tables_lie_beside_the_page_as_text(page: str, tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    lines = list(csv.DictReader((folder / "report.csv").read_text(encoding="utf-8").splitlines()))
+    assert [line["candidate_label"] for line in lines] == ["aligned"] * 3 + [EVIL] * 3
+    expected = [one for _ in range(2) for one in comparison().differences]
+    for line, one in zip(lines, expected, strict=True):
+        numbers = [float(line[name]) for name in ("baseline", "candidate", "difference", "low", "high")]
+        assert numbers == [one.baseline, one.candidate, one.difference, one.low, one.high]
+        assert (line["metric"], line["verdict"], line["interval_over"]) == (one.metric, one.verdict, "pictures")
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| NLL, nats per token | 1.810 | 1.750 |" in markdown
+    assert "−0.060 [−0.080 to −0.040] | better |".replace("[", r"\[").replace("]", r"\]") in markdown
+    latex = (folder / "report.tex").read_text(encoding="utf-8")
+    assert r"NLL, nats per token & 1.810 & 1.750 &" in latex
+    assert latex.count(r"\begin{tabular}") == 2
+    assert not re.search(r"(?<!\\)<", markdown)
+
+
+def test_a_mean_over_seeds_is_followed_by_each_seed(tmp_path: Path) -> None:
+    one, own = comparison().differences[0], ("low", "high", "is_paired", "p", "p_corrected", "marks")
+    fields = {name: value for name, value in dataclasses.asdict(one).items() if name not in own}
+    over = SeedDifference(**fields, low=-0.1, high=-0.02, per_seed=(one, one))
+    both = dataclasses.replace(comparison(), over_seeds=(over,))
+    build_report(tmp_path, title="x", runs=[run_view("baseline"), run_view("aligned")], comparisons=[both])
+    lines = list(csv.DictReader((tmp_path / "report.csv").read_text(encoding="utf-8").splitlines()))
+    assert [(line["interval_over"], line["seed"]) for line in lines] == [
+        ("seeds", ""),
+        ("pictures", "0"),
+        ("pictures", "1"),
+    ]

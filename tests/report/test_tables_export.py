@@ -101,5 +101,6 @@ def test_text_survives_as_one_plain_line(text: str) -> None:
     told = " ".join(text.split())
     assert untex(latex_text(text)) == told
     assert not re.search(r"(?<!\\)[&%$#_^~]", latex_text(text).replace(r"\(", "").replace(r"\)", ""))
+    assert not re.search(r"(?<!\{)[\[\]*]", latex_text(text))  # after \\ they would be its arguments
     assert unmark(markdown_text(text)) == told.replace("&amp;", "&amp;amp;").replace("&amp;amp;", "&amp;")
     assert not re.search(r"(?<!\\)[|<>`]", markdown_text(text))

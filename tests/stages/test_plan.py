@@ -9,7 +9,8 @@ import pytest
 
 from arra.config import load_recipe
 from arra.errors import ArraError
-from arra.stages.plan import GIB, MachinePlan, Plan, parse_machine, plan, plan_machine, sharing_on
+from arra.stages.plan import MachinePlan, Plan, plan, plan_machine, sharing_on
+from arra.stages.plan_machines import GIB, parse_machine
 from arra.stages.planned_model import planned_model
 from arra.train.memory import Sharing
 from arra.train.settings import TrainSettings
@@ -58,7 +59,7 @@ def test_the_3b_llamagen_by_hand() -> None:
     kept = s["layers"] * positions * each
     assert kept < on(found, "8x80").memory.activations < 1.12 * kept  # and what a backward pass needs besides
     assert on(found, "8x80").memory.head == pytest.approx(
-        positions * s["width"] * 8 + 3 * 2**25 + 4 * s["codes"] * s["width"], rel=0.01
+        positions * s["width"] * 8 + 4 * positions * s["codes"] + 4 * s["codes"] * s["width"], rel=0.01
     )
 
 
@@ -80,7 +81,8 @@ def test_the_7b_chameleon_by_hand() -> None:
         gathered = 2 * (3 * block + root) + max(2 * root + 6 * block, 6 * root)
         assert each.memory.gathered == pytest.approx(gathered, rel=0.01)
         assert each.fits
-        assert each.memory.host == each.memory.state  # the copy that is written in the background
+        saved = each.memory.state - each.memory.gradients - each.memory.projector // 4
+        assert each.memory.host == saved  # the copy that is written in the background
     # full recomputation keeps what enters each block, and one block's inside
     entering = s["layers"] * 2 * found.planned.length * s["width"]
     assert entering < on(found, "4x48").memory.activations < 3 * entering
@@ -167,7 +169,7 @@ def test_a_table_on_the_screen(run_arra: Callable[..., Any]) -> None:
     assert "projector: 1,181,184, thrown away after training" in answer.out
     assert "12 blocks of 7,079,424; 25,935,360 outside of them" in answer.out
     assert shown(answer, "of") == ["80.0", "24.0"]
-    parts = ("weights", "gradients", "moments of the optimiser", "activations of a micro-batch")
+    parts = ("weights", "gradients", "moments of the optimiser", "activations of a micro-batch", "hours of training")
     assert all(len(shown(answer, part)) == 2 for part in parts)
     assert shown(answer, "fits")[0] == "yes"
 
@@ -183,10 +185,10 @@ def test_what_does_not_fit_ends_with_code_1(run_arra: Callable[..., Any]) -> Non
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--gpus", "many"], "--gpus many: expected how many and how large, as in 4x48 (GiB), or their name"),
-        (["--gpus", "0x80"], "--gpus 0x80: expected how many"),
-        (["--gpus", "4x0"], "--gpus 4x0: expected how many"),
-        (["--gpus", "8xh1000"], "--gpus 8xh1000: 'h1000' is unknown; known are a10, a100"),
+        (["--gpus", "many"], "--gpu many: expected how many and how large, as in 4x48 (GiB), or their name"),
+        (["--gpus", "0x80"], "--gpu 0x80: expected how many"),
+        (["--gpus", "4x0"], "--gpu 4x0: expected how many"),
+        (["--gpus", "8xh1000"], "--gpu 8xh1000: 'h1000' is unknown; known are a10, a100"),
         (["--gpus", "1x80", "--model", "gpt-5"], "--model gpt-5: unknown; known are chameleon-7b, chameleon-34b"),
     ],
 )

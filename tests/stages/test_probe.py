@@ -38,7 +38,7 @@ def test_an_aligned_run_is_looked_at(toy_copy: Any, run_arra: Callable[..., Any]
     assert (answer.code, answer.err) == (0, "")
     assert "term main at layer 1: cosine" in answer.out
     found = json.loads((toy_copy.aligned / "probe" / "probe.json").read_text())
-    assert (found["step"], found["images"], found["layers"], found["aligned"]) == (100, 32, 1, True)
+    assert (found["step"], found["images"], found["layers"], found["aligned"]) == (40, 32, 1, True)
     rows = [row for row in found["rows"] if "term" not in row]
     assert [row["layer"] for row in rows] == [0, 1]
     (term,) = [row for row in found["rows"] if row.get("term") == "main" and row["layer"] == 1]
@@ -60,15 +60,15 @@ def test_an_aligned_run_is_looked_at(toy_copy: Any, run_arra: Callable[..., Any]
 def test_checkpoints_and_encoders_are_chosen(toy_copy: Any, run_arra: Callable[..., Any]) -> None:
     out = toy_copy.root / "out"
     more = (*ON, "--out", out)
-    assert run_arra("probe", toy_copy.aligned, *more, "--checkpoint", 80).code == 0
+    assert run_arra("probe", toy_copy.aligned, *more, "--checkpoint", 30).code == 0
     early = json.loads((out / "probe.json").read_text())
-    assert run_arra("probe", toy_copy.aligned, *more, "--checkpoint", 100).code == 0
+    assert run_arra("probe", toy_copy.aligned, *more, "--checkpoint", 40).code == 0
     late = json.loads((out / "probe.json").read_text())
-    assert (early["step"], late["step"]) == (80, 100)
+    assert (early["step"], late["step"]) == (30, 40)
     assert early["rows"] != late["rows"]
     # the last checkpoint is the final model
     found = probe(toy_copy.aligned, split="train", images=32, threads=1, device="cpu", out=out)
-    assert found.facts["step"] == 100
+    assert found.facts["step"] == 40
     for row, other in zip(found.measured.rows, late["rows"], strict=True):
         assert other["layer"] == row["layer"]
         assert other["gva_norm"] == pytest.approx(row["gva_norm"], rel=1e-4)
@@ -166,16 +166,16 @@ def test_mistakes_are_told_in_one_line(toy_copy: Any, run_arra: Callable[..., An
     def refused(*arguments: object, run: Path = toy_copy.aligned) -> str:
         return str(run_arra("probe", run, *arguments).error)
 
-    assert "no checkpoint of step 7; there are 80, 100" in refused(*ON, "--checkpoint", 7)
+    assert "no checkpoint of step 7; there are 30, 40" in refused(*ON, "--checkpoint", 7)
     assert refused(*ON, "--layers", "0-3").startswith("--layers 0-3: layer 2 is outside 0..1 of")
     assert "expected numbers as in 0-3 or 1,5,9" in refused(*ON, "--layers", "one")
     assert "at least 16 are needed, half of them to fit maps on" in refused("--split", "train", "--images", 9)
     assert "no records in split 'nope'" in refused("--split", "nope")
     assert "encoder 'nope'" in refused(*ON, "--encoder", "nope")
     assert "not a run" in refused(*ON, run=tmp_path / "nothing")
-    damaged = next((toy_copy.aligned / "checkpoints" / "step-0000080").glob("*.safetensors"))
+    damaged = next((toy_copy.aligned / "checkpoints" / "step-0000030").glob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert "step-0000080: damaged (" in refused(*ON, "--checkpoint", 80)
+    assert "step-0000030: damaged (" in refused(*ON, "--checkpoint", 30)
     shutil.rmtree(toy_copy.store)
     store = json.loads((toy_copy.aligned / "store.json").read_text())
     (toy_copy.aligned / "store.json").write_text(json.dumps({**store, "at_first": str(tmp_path / "gone")}))

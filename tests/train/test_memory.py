@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from arra.models.adapters import LoraSettings, add_lora, quantize
-from arra.models.head import HEAD_BYTES
-from arra.train.activations import pass_bytes
+from arra.models.head import CUDA_HEAD_BYTES, HEAD_BYTES
+from arra.train.activations import looking_bytes, traced_passes
 from arra.train.alignment import empty_projectors
 from arra.train.memory import (
     RESERVE_BYTES,
@@ -138,12 +138,17 @@ def test_what_is_gathered_by_hand() -> None:
 def test_the_heads_part_by_hand() -> None:
     model = decoder(num_codes=2**16)
     weight = 4 * 2**16 * 36
-    assert head_bytes(model, settings(), positions=1000) == 1000 * 36 * 8 + 3 * HEAD_BYTES + weight
+    for device, slice_bytes in (("cpu", HEAD_BYTES), ("cuda", CUDA_HEAD_BYTES)):
+        found = head_bytes(model, settings(), positions=2000, device_type=device)
+        assert found.kept == 2000 * 36 * 4 + weight
+        assert found.passing == 2000 * 36 * 4 + slice_bytes
     model.output.weight.requires_grad_(False)
-    assert head_bytes(model, settings(), positions=8) == 8 * 36 * 8 + 3 * 4 * 8 * 2**16
+    assert head_bytes(model, settings(), positions=8).total == 8 * 36 * 8 + 4 * 8 * 2**16
+    narrow = head_bytes(model, settings(precision="bfloat16"), positions=8)
+    assert narrow.total == 8 * 36 * 6 + 6 * 8 * 2**16 + weight // 2  # a narrow copy of the slice, and of the head
     rows = painter(empty=False)
     add_lora(rows.lm, LoraSettings(rank=2), rows=[42, 43], seed=0)
-    assert head_bytes(rows, settings(), positions=2) == 2 * 32 * 8 + 3 * 4 * 2 * 58 + 2 * 4 * 58 * 32
+    assert head_bytes(rows, settings(), positions=2).total == 2 * 32 * 8 + 4 * 2 * 58 + 2 * 4 * 58 * 32
 
 
 def test_projectors() -> None:
@@ -158,7 +163,7 @@ def test_projectors() -> None:
 
 def everything(s: TrainSettings, *, rows: int = 2, sharing: Sharing | None = None) -> Memory:
     model, sharing = decoder(), sharing or Sharing("fsdp", 2)
-    passes = pass_bytes(model, s, inputs=tokens(rows, 16), sharded=sharing.is_sharded)
+    passes = traced_passes(model, s, inputs=tokens(rows, 16), sharded=sharing.is_sharded).memory
     asked = Sequences(labelled=16, aligned=16)
     return training_memory(model, s, sharing=sharing, passes=passes, sequences=asked, rows=rows)
 
@@ -170,10 +175,13 @@ def test_offloaded_state_lies_with_the_host() -> None:
     assert there.state == 0
     assert there.host == here.state
     assert here.total - there.total == here.state
-    assert here.total == here.state + here.gathered + here.activations + here.head + RESERVE_BYTES
+    parts = here.state + here.gathered + here.activations + here.head
+    assert here.total == parts - here.apart + RESERVE_BYTES
+    assert 0 <= here.apart < here.activations + here.head
     averages = everything(settings(**told, ema_offload=True))
     assert (averages.averages, averages.host) == (0, 2 * here.averages)
-    assert everything(settings(ema_decay=0.9)).host == here.state  # the copy that is written
+    saved = here.state - here.gradients - here.projector // 4
+    assert everything(settings(ema_decay=0.9)).host == saved  # the copy that is written
 
 
 def test_the_most_rows_that_fit() -> None:
