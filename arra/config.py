@@ -9,6 +9,7 @@ import difflib
 import json
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -477,6 +478,17 @@ class RecipeFile:
     facts: dict[str, TableRow]
     """By row; empty ones where the file has no table."""
 
+    @property
+    def stand_ins(self) -> "RecipeFile":
+        """The recipe whose rows stand in at embedded scale.
+
+        Raises:
+            ArraError: the file has no table, or names no recipe there.
+        """
+        if self.table is None:
+            raise ArraError(f"{self.source}: has no 'table' section, so nothing stands in for its rows")
+        return read_recipe_file(_named_recipe(self.table.embedded, self.source, "table.embedded"))
+
     def row(self, name: str | None) -> Tree:
         """What a row changes; nothing without a name.
 
@@ -499,10 +511,9 @@ def recipe_of_row(
     settings: Tree, differences: Sequence[Tree], *, source: str, overrides: Sequence[str] = ()
 ) -> "Recipe":
     """Settings with differences laid over them one after another, as a recipe; `source` names them in errors."""
-    data = settings
     for difference in differences:
-        data = _merge(data, difference)
-    return parse_recipe(_dump(data), Recipe, source=source, overrides=overrides)
+        settings = _merge(settings, difference)
+    return _settled(settings, Recipe, source=source, overrides=overrides)
 
 
 def load_recipe(path: Path | str, *, row: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
@@ -520,10 +531,23 @@ def load_recipe(path: Path | str, *, row: str | None = None, overrides: Sequence
 def parse_recipe(text: str, model: type[S], *, source: str, row: str | None = None, overrides: Sequence[str] = ()) -> S:
     """Settings of class `model` from the text of a recipe; `source` names it in errors."""
     file = _read_file(text, source)
-    base, difference = file.settings, file.row(row)
-    if row is not None and "row" in model.model_fields:
-        base["row"] = row
-    data = _merge(base, difference)
+    difference = file.row(row)
+    named = {"row": row} if row is not None and "row" in model.model_fields else {}
+    data = _merge(file.settings | named, difference)
+    return _settled(data, model, source=source, row=row, difference=difference, overrides=overrides)
+
+
+def _settled(
+    data: Tree,
+    model: type[S],
+    *,
+    source: str,
+    row: str | None = None,
+    difference: Tree | None = None,
+    overrides: Sequence[str] = (),
+) -> S:
+    """The settings that `data` says, after the overrides; a mistake in what the row changes is told as the row's."""
+    data = deepcopy(data)
     assigned = [_assign(data, text) for text in overrides]
     try:
         found = model.model_validate(data)
@@ -573,6 +597,11 @@ def recipes_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
+def built_in_recipes() -> list[Path]:
+    """The files of all built-in recipes, in the order of their names."""
+    return sorted(recipes_folder().glob("*.yaml"))
+
+
 def find_recipe(path: Path | str) -> Path:
     """The file at `path`, else the built-in recipe of that name (`demo`, `demo.yaml`, `recipes/demo.yaml`)."""
     path = Path(path)
@@ -580,7 +609,7 @@ def find_recipe(path: Path | str) -> Path:
         return path
     if path.is_dir():
         raise ArraError(f"{path}: is a folder, expected a recipe file, as in recipes/demo.yaml")
-    built_in = {file.stem: file for file in sorted(recipes_folder().glob("*.yaml"))}
+    built_in = {file.stem: file for file in built_in_recipes()}
     if path.stem in built_in and path.suffix in ("", ".yaml") and str(path.parent) in (".", "recipes"):
         return built_in[path.stem]
     raise ArraError(
@@ -623,8 +652,8 @@ def write_schema(path: Path | str, model: type[Settings] = Recipe) -> None:
 _FLOAT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice and a key that is no text."""
+class _Strict(yaml.constructor.SafeConstructor):
+    """Refuses a key written twice and a key that is no text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -641,6 +670,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+class _Loader(_Strict, yaml.SafeLoader):
+    """Safe YAML, with messages that say what was expected."""
+
+
+class _FastLoader(_Strict, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The same by libyaml, where PyYAML has it."""
+
+
 class _Dumper(yaml.SafeDumper):
     """Writes what `_Loader` reads: text that looks like a number is quoted, shared lists are written out."""
 
@@ -648,7 +685,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-for _class in (_Loader, _Dumper):
+for _class in (_Loader, _FastLoader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
@@ -666,6 +703,8 @@ def _read(path: Path) -> str:
 
 
 def _load_yaml(text: str, source: str) -> Any:
+    with suppress(yaml.YAMLError):
+        return yaml.load(text, Loader=_FastLoader)
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -702,18 +741,29 @@ def _read_file(text: str, source: str, below: tuple[Path, ...] = ()) -> RecipeFi
 
 def _base_settings(base: Any, source: str, below: tuple[Path, ...]) -> Tree:
     """The settings of the recipe that a file names as its base: a built-in one, or a file in the same folder."""
-    if not isinstance(base, str) or not re.fullmatch(r"[\w-]+(\.yaml)?", base):
-        raise ArraError(
-            f"{source}: base: expected the name of a recipe, built in or beside this file, found {_show(base)}"
-        )
-    beside = Path(source).parent / f"{base.removesuffix('.yaml')}.yaml"
-    try:
-        found = beside if Path(source).is_file() and beside.is_file() else find_recipe(base)
-    except ArraError as error:
-        raise ArraError(f"{source}: base: {error}") from None
+    found = _named_recipe(base, source, "base")
     if found.resolve() in below or len(below) >= MOST_BASES:
         raise ArraError(f"{source}: base: {base} stands on itself, or on more than {MOST_BASES} others; name another")
     return _read_file(_read(found), str(found), (*below, found.resolve())).settings
+
+
+def _named_recipe(name: Any, source: str, key: str) -> Path:
+    """The file of a recipe that the one at `source` names: beside it, else built in; never one elsewhere.
+
+    Raises:
+        ArraError: there is none of that name, or it is a path.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+(\.yaml)?", name):
+        raise ArraError(
+            f"{source}: {key}: expected the name of a recipe, built in or beside this file, found {_show(name)}"
+        )
+    stem = name.removesuffix(".yaml")
+    beside = [Path(source).parent / f"{stem}.yaml"] if Path(source).is_file() else []
+    for path in (*beside, recipes_folder() / f"{stem}.yaml"):
+        if path.is_file():
+            return path
+    near = _did_you_mean(stem, [path.stem for path in built_in_recipes()])
+    raise ArraError(f"{source}: {key}: no recipe '{name}', built in or beside this file{near}")
 
 
 def _facts(model: type[S], data: Any, where: str) -> S | None:

@@ -91,24 +91,30 @@ def steps_within(phases: Sequence[Phase], budget: int) -> int:
     return steps
 
 
-def teacher_flops(recipe: Recipe, store: Store) -> int | None:
+def teacher_flops(recipe: Recipe, store: Store, *, known: dict[str, int] | None = None) -> int | None:
     """What the row's teachers cost for one pass over the training pictures, all stored crops; None if not here.
 
     Encoders that share their weights and input pay once: the pass that gives the whole picture gives its patches.
+    `known` remembers what a picture costs each of them, for other rows.
     """
     pictures = len(training_rows(recipe, store)) * crop_of(recipe).num_variants
+    known = {} if known is None else known
     costs: dict[tuple[Any, ...], int] = {}
     for choice in used_choices(recipe).values():
-        try:
-            (maker,) = build_makers(recipe, [choice.column], None, device=torch.device("cpu"), batch_size=1)
-        except ArraError:  # features that were made elsewhere
-            return None
-        assert isinstance(maker, FeaturesMaker)
-        (view,) = views_of(recipe, maker.views).values()
-        side = view.size
-        picture = torch.zeros(1, side, side, 3, dtype=torch.uint8)
+        named = (
+            f"{choice.model_dump_json()} {recipe.data.model_dump_json(include={'image_size', 'encoder_image_size'})}"
+        )
+        if named not in known:
+            try:
+                (maker,) = build_makers(recipe, [choice.column], None, device=torch.device("cpu"), batch_size=1)
+            except ArraError:  # features that were made elsewhere
+                return None
+            assert isinstance(maker, FeaturesMaker)
+            (view,) = views_of(recipe, maker.views).values()
+            picture = torch.zeros(1, view.size, view.size, 3, dtype=torch.uint8)
+            known[named] = _cost(maker, picture)
         network = (choice.name, choice.weights, choice.image_size, choice.bands)
-        costs[network] = max(costs.get(network, 0), _cost(maker, picture))
+        costs[network] = max(costs.get(network, 0), known[named])
     return pictures * sum(costs.values())
 
 

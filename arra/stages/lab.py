@@ -186,11 +186,11 @@ def equal_compute(
         ArraError: a row's budget does not pay for a single step.
     """
     budgets: list[RowBudget] = []
-    total = 0
+    total, known = 0, dict[str, int]()
     for place, (row, recipe) in enumerate(recipes.items()):
         display.show("compute", f"counting a step of {row}", place, len(recipes))
         phases = step_phases(recipe, store)
-        teacher = teacher_flops(recipe, store)
+        teacher = teacher_flops(recipe, store, known=known)
         if charge_teacher and teacher is None:
             raise ArraError(f"--charge-teacher: the teachers of row '{row}' are not on this machine; leave it out")
         if place == 0:

@@ -20,7 +20,7 @@ from arra.stages.plan_data import DataPlan, data_plan
 from arra.stages.plan_machines import CPU, Machine, device_kind_here
 from arra.stages.plan_painting import Painting, plan_painting
 from arra.stages.plan_probe import Probe, probe
-from arra.stages.plan_speed import COMPUTE_SHARE, StepTime, step_flops, step_time
+from arra.stages.plan_speed import COMPUTE_SHARE, StepTime, step_time
 from arra.stages.planned_model import PlannedModel, planned_model
 from arra.train.durations import to_steps
 from arra.train.memory import Memory, Sharing, largest_rows, local_elements
@@ -54,6 +54,7 @@ class MachinePlan:
     largest: int
     """The largest micro_batch_size that fits; 0 where none does."""
     remedies: tuple[Remedy, ...]
+    """Where the steps do not fit."""
     painting: Painting
     """With the largest batch that the run paints."""
     time: StepTime | None
@@ -70,7 +71,7 @@ class MachinePlan:
     @property
     def needed(self) -> int:
         """Bytes of each device, for training and for painting in between."""
-        painted = self.memory.state + self.memory.reserve + self.painting.beside
+        painted = self.memory.state + self.memory.reserve + self.painting.beside if self.painting.between else 0
         host = self.memory.host if self.machine.name == CPU else 0
         return max(self.memory.total, painted) + host
 
@@ -118,18 +119,20 @@ def plan(
     stand_in: str | None = None,
     store: Store | None = None,
     probing: bool = False,
+    planned: PlannedModel | None = None,
 ) -> Plan:
     """What the recipe's training takes on each machine.
 
     `stand_in` ("chameleon-7b", "chameleon-34b") takes the place of a language model whose folder is not there; of a
-    recipe with Chameleon's tokenizer the 7B does so unasked. `store` tells how many pictures there are. With `probing`
-    real steps are made here, and the share of the peak that they reach holds for machines of this kind.
+    recipe with Chameleon's tokenizer the 7B does so unasked. `planned` is the recipe's model where somebody has it.
+    `store` tells how many pictures there are. With `probing` real steps are made here, and the share of the peak that
+    they reach holds for machines of this kind.
 
     Raises:
         ArraError: the recipe fits no model, its language model is not there, its parallelism does not fit the machine,
             or a probe does not fit this one.
     """
-    planned = planned_model(recipe, stand_in)
+    planned = planned or planned_model(recipe, stand_in)
     found = probe(recipe, planned, peak_of=lambda model: alone(recipe, model)) if probing else None
     told: dict[str, Any] = {"data": data_plan(recipe, planned, store=store)}
     plans = [
@@ -147,12 +150,14 @@ def alone(recipe: Recipe, planned: PlannedModel, *, device_type: str | None = No
 
 
 def _measured_share(recipe: Recipe, planned: PlannedModel, found: Probe | None, machine: Machine) -> float | None:
-    """The share of the peak that a probe reached, where the machine's devices are of its kind."""
+    """The share of the peak that a probe's passes reached, where the machine's devices are of its kind."""
     if found is None or machine.device_type != found.device.split(":")[0]:
         return None
-    peak = machine.peak(recipe.train.precision)
-    flops = step_flops(planned, recipe.train, ranks=1, sharded=False)
-    return None if peak is None else flops / found.seconds / peak
+    assumed = step_time(planned, recipe.train, machine=replace(machine, count=1), sharing=Sharing())
+    if assumed is None:
+        return None
+    passes = max(found.seconds - assumed.update, found.seconds / 2)  # an update is never most of a step
+    return assumed.flops / passes / assumed.peak
 
 
 def plan_machine(
@@ -181,7 +186,7 @@ def plan_machine(
         steps=_steps(settings, data.records),
         data=data,
     )
-    if found.fits:
+    if found.memory.total <= machine.bytes_each:
         return found
     remedies = list(_remedies(recipe, planned, machine=machine, sharing=sharing))
     if found.largest:

@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 
 from arra.config import Recipe
+from arra.data.records import Record
+from arra.data.sources import SourceKind, source_of
 from arra.data.store import Store
 from arra.encoders import SPECS, EncoderChoice, EncoderSpec
 from arra.encoders.base import at_size
@@ -96,11 +98,10 @@ def training_records(recipe: Recipe, store: Store | None) -> tuple[int | None, s
 
 
 @lru_cache
-def embedded_records(kind: str) -> int:
+def embedded_records(kind: SourceKind) -> int:
     """Training pictures of an embedded set."""
-    from arra.data.sources import source_of
-
-    return sum(record.split == "train" for record in source_of(kind, None).scan())
+    found = source_of(kind, None).scan()
+    return sum(record.split == "train" for record in found if isinstance(record, Record))
 
 
 def preparing_flops(recipe: Recipe) -> float | None:

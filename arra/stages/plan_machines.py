@@ -127,6 +127,8 @@ def parse_machine(written: str) -> Machine:
     if kind == CPU:
         each = memory_here(torch.device("cpu")) // count if size is None else size * GIB
         return Machine(written.strip(), count, each, device_type=CPU, name=CPU)
+    if kind not in CARDS and found[1] is None:
+        raise ArraError(f"--gpu {written}: {expected}")
     if kind not in CARDS:
         known = ", ".join((*CARDS, CPU))
         raise ArraError(f"--gpu {written}: '{found[2]}' is unknown; known are {known}; or write its GiB")

@@ -6,7 +6,7 @@ Decoding reads all weights and the cache for every token, which is what it waits
 Letters: R rows, P codes of a picture.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,6 +34,8 @@ class Painting:
     """Bytes of weights that shards are gathered to meanwhile."""
     seconds: float | None
     """Of a batch; None where nothing but the device's memory is known."""
+    between: bool
+    """Whether the run paints between its steps."""
     pictures: int | None
     """That an evaluation paints; None where it takes whole splits."""
 
@@ -63,6 +65,9 @@ def plan_painting(recipe: Recipe, planned: PlannedModel, *, machine: Machine, sh
         device=torch.device(machine.device_type),
     )
     narrow = 2 if recipe.train.precision == "bfloat16" else WIDE
+    if sharing.is_sharded:  # what is gathered has the products' type, and so has the memory of attention
+        told = {name: getattr(memory, name) * narrow // WIDE for name in ("copies", "cache", "prefixes", "reading")}
+        memory = replace(memory, **told)
     count = sum(parameter.numel() for parameter in planned.model.parameters())
     chosen, most = recipe.evaluate, recipe.evaluate.max_images
     pictures = None if most is None else most * len(chosen.splits) * len(chosen.cfg_scales)
@@ -71,6 +76,7 @@ def plan_painting(recipe: Recipe, planned: PlannedModel, *, machine: Machine, sh
         memory=memory,
         whole_weights=narrow * count if sharing.is_sharded else 0,
         seconds=decoding_seconds(recipe, planned, machine=machine, memory=memory, batch_size=batch),
+        between=looks or recipe.train.preview_every_steps is not None,
         pictures=pictures,
     )
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -163,8 +163,9 @@ class Measured:
 def measured(recipe: Recipe, planned: PlannedModel, *, device: torch.device, steps: int = STEPS) -> Measured:
     """Seconds and peak memory of steps of this model as it is, with random weights and batches."""
     with TemporaryDirectory() as folder:
+        trainer = random_trainer(recipe, planned, run=Path(folder), device=device)
+        standing = standing_bytes(trainer)  # target spaces are fitted before, on the CPU and once
         with allocations(device) as allocated:
-            trainer = random_trainer(recipe, planned, run=Path(folder), device=device)
             for _ in range(WATCHED_STEPS):
                 trainer.train_step()
         times = []
@@ -174,7 +175,15 @@ def measured(recipe: Recipe, planned: PlannedModel, *, device: torch.device, ste
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - started)
-    return Measured(statistics.median(times), allocated.peak)
+    return Measured(statistics.median(times), standing + allocated.peak)
+
+
+def standing_bytes(trainer: Trainer) -> int:
+    """Of the weights, buffers and averages that a training has before its first step, each once."""
+    parts = [trainer.model] if trainer.alignment is None else [trainer.model, trainer.alignment]
+    held = [value for part in parts for value in (*part.parameters(), *part.buffers())]
+    unique = {value.untyped_storage().data_ptr(): value for value in (*held, *trainer.tensors().values())}
+    return sum(value.untyped_storage().nbytes() for value in unique.values())
 
 
 def random_trainer(
@@ -223,7 +232,8 @@ def materialised(model: T, *, device: torch.device) -> T:
         return found.normal_(std=DEVIATION) if value.is_floating_point() else found
 
     for part in copy.modules():
-        for held in (part._parameters, part._buffers):
+        groups: list[dict[str, Any]] = [part._parameters, part._buffers]
+        for held in groups:
             for name, value in held.items():
                 if value is None:
                     continue

@@ -26,7 +26,7 @@ PARTS = {
     "head": "logits in slices, the head's gradient",
     "update": "the optimiser's update",
     "looking": "activations of a validation batch",
-    "apart": "of these not at the same moment",
+    "apart": "less what is not there at the same moment",
     "reserve": "reserve for driver, NCCL, gaps (assumed)",
 }
 """Fields of `Memory`, as they are shown."""
@@ -176,8 +176,8 @@ def _probe_lines(found: Plan) -> Iterator[str]:
 
 
 def gib(count: int) -> str:
-    """Bytes in GiB, with one place."""
-    return f"{count / GIB:.1f}" if count >= 0.05 * GIB or not count else "<0.1"
+    """Bytes in GiB, with one place; of less than one two that say something."""
+    return f"{count / GIB:.1f}" if count >= 0.95 * GIB or not count else f"{count / GIB:.2g}"
 
 
 def number(value: float) -> str:
@@ -193,16 +193,22 @@ def size(count: int) -> str:
     return f"{count / 2**10:.1f} KiB"
 
 
+def _meanwhile(found: Plan, each: MachinePlan) -> str:
+    """What needs more than the steps do, and what to change."""
+    if each.machine.name == CPU and each.memory.host:
+        return "with a checkpoint that is being written do not: train.checkpoint_in_background=false"
+    if found.recipe.train.evaluate_every_steps is not None:
+        return "with painting do not: lower evaluate.batch_size"
+    return "with painting do not: train.preview_every_steps=null, and paint when it is trained"
+
+
 def _advice(found: Plan) -> Iterator[str]:
     for each in found.machines:
         if each.fits:
             continue
         where = each.machine.written
         if each.memory.total <= each.machine.bytes_each:
-            on_cpu = each.machine.name == CPU
-            what = "painting between steps" + (", and a checkpoint that is written meanwhile," if on_cpu else "")
-            advice = "lower evaluate.batch_size" + (", or set train.checkpoint_in_background=false" if on_cpu else "")
-            yield f"{where}: {gib(each.needed)} GiB with {what} do not fit; {advice}"
+            yield f"{where}: the steps fit; {gib(each.needed)} GiB {_meanwhile(found, each)}"
             continue
         yield f"{where}: {gib(each.memory.total)} GiB do not fit. Each of these alone:"
         for remedy in sorted(each.remedies, key=lambda remedy: not remedy.fits):

@@ -10,6 +10,8 @@ Letters: R ranks that share one set of weights, N weights, w bytes of a number i
 from dataclasses import dataclass
 from math import ceil, prod
 
+from torch import Tensor
+
 from arra.stages.plan_machines import Machine
 from arra.stages.planned_model import PlannedModel
 from arra.train.memory import WIDE, Held, Sharing, local_elements, output_layer
@@ -127,7 +129,7 @@ def head_flops(planned: PlannedModel) -> int:
     """Of a picture's labels: logits, the states' gradients and, where it is trained, the head's."""
     layer = output_layer(planned.model)
     rows = getattr(layer, "token_adapter", layer)
-    weight = getattr(rows, "base_layer", rows).weight
+    weight: Tensor = getattr(rows, "base_layer", rows).weight  # type: ignore[assignment]
     trained = any(parameter.requires_grad for parameter in layer.parameters())
     return int(2 * (2 + trained) * planned.sequences.labelled * weight.numel())
 

@@ -3,8 +3,8 @@
 read_table --> a plan for each row (rows of one model are traced once) --> one line each, and the sum of all
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
 from rich.console import Group
 from rich.table import Table
@@ -15,6 +15,7 @@ from arra.data.store import Store
 from arra.stages.plan import MachinePlan, plan
 from arra.stages.plan_machines import Machine
 from arra.stages.plan_report import UNKNOWN, gib, number
+from arra.stages.planned_model import PlannedModel, planned_model
 from arra.stages.tables import Scale, read_table
 from arra.train.memory import local_elements
 
@@ -68,30 +69,38 @@ def plan_table(
         ArraError: the recipe has no table, or a row cannot be planned.
     """
     table = read_table(name, scale=scale, overrides=overrides)
-    rows = []
+    rows, traced = [], dict[Hashable, PlannedModel]()
     for row in table.rows:
         if row.recipe is None:
             continue
         decoder = row.recipe.model.llm is None
-        found = plan(row.recipe, machines=[machine], stand_in=None if decoder else stand_in, store=store)
+        planned = planned_model(row.recipe, None if decoder else stand_in)
+        like = traced.setdefault(_kind(row.recipe, planned), planned)
+        planned = replace(planned, made=like.made, looked=like.looked)
+        found = plan(row.recipe, machines=[machine], store=store, planned=planned)
         count = sum(local_elements(held.shape, 1) for held in found.planned.parts.all)
         rows.append(RowPlan(row.name, row.recipe, count, found.machines[0]))
     return TablePlan(f"{table.section.title}: {table.section.about}", machine, tuple(rows), seeds)
 
 
+def _kind(recipe: Recipe, planned: PlannedModel) -> Hashable:
+    """The same for rows whose models make the same passes, whatever they start from."""
+    shapes = tuple((name, tuple(p.shape), p.requires_grad) for name, p in planned.model.named_parameters())
+    own = recipe.model.model_dump(exclude={"weights": True, "seed": True, "llm": {"folder"}})
+    return shapes, planned.length, planned.grid, repr(own)
+
+
 def table_report(found: TablePlan) -> Group:
     """The rows for a console, and what all of them take together."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for place, heading in enumerate(
-        ("row", "parameters", "GiB each", "fits", "s a step", "steps", "hours", "x devices")
-    ):
-        table.add_column(heading, justify="left" if place == 0 else "right")
+    for place, heading in enumerate(("row", "weights", "GiB each", "fits", "s a step", "steps", "hours", "on all")):
+        table.add_column(heading, justify="left" if place == 0 else "right", no_wrap=True, overflow="fold")
     for row in found.rows:
         each = row.found
         hours, step = each.hours, None if each.time is None else each.time.seconds
         table.add_row(
             row.name,
-            f"{row.parameters:,}",
+            f"{row.parameters / 1e6:,.0f}M",
             gib(each.needed),
             "yes" if each.fits else "no",
             UNKNOWN if step is None else number(step),

@@ -10,27 +10,33 @@ the same command continues, with more tables, rows or seeds too; parts of it may
 import fcntl
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from arra.config import Recipe, dump_recipe
+from arra.config import Recipe, dump_recipe, find_recipe, read_recipe_file
 from arra.data.store import Store
 from arra.display import Display
 from arra.distributed import set_threads
 from arra.errors import ArraError
 from arra.evaluate.card import CARD_FILE
+from arra.evaluate.protocols import find_protocol
 from arra.runs import atomic_write, writing
 from arra.stages.compute import step_phases, steps_within, teacher_flops, total_flops
 from arra.stages.lab import not_evaluated, prepare_store
 from arra.stages.prepare import parse_part
+from arra.stages.process import silent
 from arra.stages.reproduce_results import Reproduced, collect, print_results, write_results
+from arra.stages.set_opening import open_networks
+from arra.stages.set_options import SetOptions, make_plan, parse_set_options
 from arra.stages.tables import PaperTable, Scale, read_table, start_of
 from arra.stages.tasks import Failure, Places, Task, evaluate_tasks, finished, train_tasks
 from arra.stages.training_data import epoch_length
@@ -55,6 +61,8 @@ class ReproduceOptions:
     shard: tuple[int, int] | None = None
     """(i, n): the i-th of n parts of the runs, for job arrays."""
     overrides: tuple[str, ...] = ()
+    measuring: SetOptions = field(default_factory=SetOptions)
+    """At full scale: the weights of protocols' networks, what is left out, and what pictures are compared with."""
 
     @property
     def is_equal(self) -> bool:
@@ -74,6 +82,9 @@ def parse_options(
     shard: str | None,
     equal_compute: bool | None,
     overrides: Sequence[str],
+    weights: Sequence[str] = (),
+    without: Sequence[str] = (),
+    reference: str | None = None,
 ) -> ReproduceOptions:
     """The options as the command line gives them.
 
@@ -82,6 +93,9 @@ def parse_options(
     """
     if scale not in get_args(Scale):
         raise ArraError(f"--scale {scale}: expected {' or '.join(get_args(Scale))}")
+    measuring = parse_set_options(weights=weights, inception=None, without=tuple(without), reference=reference)
+    if scale != "full" and measuring != SetOptions():
+        raise ArraError("--weights, --without, --reference: of the protocols that --scale full measures; leave them out")
     return ReproduceOptions(
         tables=tuple(name.removesuffix("/") for name in tables),
         rows=None if rows is None else _names_in(rows),
@@ -91,6 +105,7 @@ def parse_options(
         places=Places(processes, () if devices is None else _names_in(devices), ranks),
         shard=None if shard is None else parse_part(shard, "--shard"),
         overrides=tuple(overrides),
+        measuring=measuring,
     )
 
 
@@ -108,8 +123,8 @@ class Variant:
     rows: tuple[tuple[str, str], ...]
     """(table, row)."""
     store: Path
-    protocol: str | None
-    """Of its evaluation; None measures as the recipe says."""
+    protocols: tuple[str | None, ...]
+    """Of its evaluations, those of its rows; None measures as the recipe says."""
     records: int
     """Training pictures of an epoch."""
     step_flops: int | None = None
@@ -132,6 +147,7 @@ def run_reproduce(options: ReproduceOptions, out: Path, *, console: Console) -> 
         KeyboardInterrupt: after the trainings have saved.
     """
     tables = read_tables(options)
+    require_measures(tables, options)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     if not options.places.devices:
@@ -160,21 +176,22 @@ def read_tables(options: ReproduceOptions) -> list[PaperTable]:
     """
     if options.seeds < 1:
         raise ArraError(f"--seeds {options.seeds}: expected 1 or more")
-    if twice := [name for place, name in enumerate(options.tables) if name in options.tables[:place]]:
+    files = [find_recipe(name).resolve() for name in options.tables]
+    if twice := [name for place, name in enumerate(options.tables) if files[place] in files[:place]]:
         raise ArraError(f"{twice[0]}: named twice; name each table once")
     if options.rows is not None and not options.rows:
         raise ArraError("--rows: names no row; expected names of the tables' rows with commas between")
     left = list(options.rows or ())
     found = []
     for name in options.tables:
-        table = read_table(name, scale=options.scale, overrides=options.overrides)
-        if options.rows is not None:
-            own = [row.name for row in table.rows if row.name in options.rows]
-            left = [row for row in left if row not in own]
-            if not own:
+        rows = options.rows
+        if rows is not None:
+            there = read_recipe_file(name).facts
+            rows = tuple(row for row in rows if row in there)
+            left = [row for row in left if row not in rows]
+            if not rows:
                 continue
-            table = read_table(name, scale=options.scale, rows=own, overrides=options.overrides)
-        found.append(table)
+        found.append(read_table(name, scale=options.scale, rows=rows, overrides=options.overrides))
     if left:
         raise ArraError(
             f"--rows {left[0]}: no row of {', '.join(options.tables)}; arra reproduce TABLE --dry-run lists them"
@@ -182,14 +199,51 @@ def read_tables(options: ReproduceOptions) -> list[PaperTable]:
     return found
 
 
+def require_measures(tables: Sequence[PaperTable], options: ReproduceOptions) -> None:
+    """Nothing; at full scale the networks of the tables' protocols open: better now than after days of training.
+
+    Raises:
+        ArraError: weights or a package are missing, pictures to compare with are not named, or an option that means
+            nothing for any of the protocols.
+    """
+    if options.scale != "full":
+        return
+    protocols = dict[str, bool]()
+    for table in tables:
+        for row in table.rows:
+            if row.recipe is not None:
+                name, of_classes = table.protocol_of(row), row.recipe.model.condition == "class"
+                protocols[name] = protocols.get(name, False) or of_classes
+    known = {each for name in protocols for part in find_protocol(name).measures for each in (part.metric, part.space)}
+    for option, names in (("--without", options.measuring.without), ("--weights", options.measuring.weights)):
+        if odd := [name for name in names if name not in known]:
+            raise ArraError(f"{option} {odd[0]}: nothing of {', '.join(protocols)}; leave it out")
+    for name, of_classes in protocols.items():
+        protocol, own = find_protocol(name), measured_by(name, options)
+        if of_classes and protocol.per_class is not None and own.reference is None:
+            raise ArraError(f"{name}: compares with {protocol.reference}; say where that is with --reference PATH")
+        open_networks(make_plan(own), own, device=torch.device("cpu"), progress=silent)
+
+
+def measured_by(protocol: str, options: ReproduceOptions) -> SetOptions:
+    """How pictures are measured by a protocol: of all that was given what it knows."""
+    given, measures = options.measuring, find_protocol(protocol).measures
+    known = {name for each in measures for name in (each.metric, each.space)}
+    own = replace(given, protocol=protocol, without=tuple(name for name in given.without if name in known), weights={})
+    spaces = make_plan(own).spaces
+    return replace(own, weights={space: place for space, place in given.weights.items() if space in spaces})
+
+
 @contextmanager
 def _alone(out: Path, display: Display) -> Iterator[None]:
     """A block that one job at a time is in; the others wait."""
-    with writing(out), (out / LOCK_FILE).open("w") as lock:
+    with writing(out):
+        lock = (out / LOCK_FILE).open("w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            display.console.print("another job prepares what all share; waiting for it", highlight=False)
+            display.console.print("another job is at what all share; waiting for it", highlight=False)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -210,32 +264,38 @@ def prepare_rows(tables: Sequence[PaperTable], options: ReproduceOptions, out: P
     for (table, name), recipe in starts.items():
         store = stores[_store_name(recipe)]
         key = _key(recipe, None)
-        task = _task(f"{name}-{key}", recipe, recipe.train.seed, store.path, out, epoch_length(recipe, store))
+        task = _task(_run_name(name, key, out), recipe, recipe.train.seed, store.path, out, epoch_length(recipe, store))
         begun[key] = task
         finished_starts[table, name] = key, task.folder
     train_tasks(list(begun.values()), None, display, places=options.places)
-    variants: dict[str, Variant] = {}
+    variants, costs = dict[str, Variant](), Costs()
+    protocols = {
+        (table.name, row.name): table.protocol_of(row) if options.scale == "full" else None
+        for table in tables
+        for row in table.rows
+    }
     for (table, row), recipe in recipes.items():
         start = start_of(recipe)
         known = None if start is None else finished_starts[table, start]
         store = stores[_store_name(recipe)]
         resolved = _started(recipe, known).resolved(epoch_length(recipe, store))
         display.show("rows", f"{table}: {row}", len(variants), len(recipes))
-        resolved, step, teacher = _budgeted(resolved, store, options)
+        resolved, step, teacher = _budgeted(resolved, store, options, costs)
         key = _key(resolved, None if known is None else known[0])
-        protocol = _protocol_of(tables, table, row) if options.scale == "full" else None
-        if key in variants:
-            variants[key] = replace(variants[key], rows=(*variants[key].rows, (table, row)))
-            continue
-        variants[key] = Variant(
-            _run_name(row, key, out),
-            resolved,
-            ((table, row),),
-            store.path,
-            protocol,
-            epoch_length(recipe, store),
-            step,
-            teacher,
+        one = variants.get(key) or Variant(
+            name=_run_name(row, key, out),
+            recipe=resolved,
+            rows=(),
+            store=store.path,
+            protocols=(),
+            records=epoch_length(recipe, store),
+            step_flops=step,
+            teacher_flops=teacher,
+        )
+        variants[key] = replace(
+            one,
+            rows=(*one.rows, (table, row)),
+            protocols=tuple(dict.fromkeys((*one.protocols, protocols[table, row]))),
         )
     display.show("rows", "told", 1, 1)
     return Prepared(tuple(variants.values()), tuple(begun.values()))
@@ -260,28 +320,37 @@ def _store_name(recipe: Recipe) -> str:
 def _started(recipe: Recipe, start: tuple[str, Path] | None) -> Recipe:
     if start is None:
         return recipe
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": str(start[1])})})
+    folder = str(start[1].resolve())  # the same command may be run again from another folder
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": folder})})
 
 
-def _budgeted(recipe: Recipe, store: Store, options: ReproduceOptions) -> tuple[Recipe, int | None, int | None]:
+@dataclass(frozen=True)
+class Costs:
+    """Operations that were counted for other rows already."""
+
+    teachers: dict[str, int] = field(default_factory=dict)
+    plain: dict[str, int] = field(default_factory=dict)
+    """Of all steps without alignment, by the recipe's key and its store."""
+
+
+def _budgeted(
+    recipe: Recipe, store: Store, options: ReproduceOptions, costs: Costs
+) -> tuple[Recipe, int | None, int | None]:
     """The recipe with the steps that its budget pays for, what one of them costs, and what its teachers' pass does."""
     if recipe.align is None or not options.is_equal:
         return recipe, None, None
-    plain = step_phases(recipe.model_copy(update={"align": None}), store)
+    plain = recipe.model_copy(update={"align": None})
+    named = f"{store.path} {_key(plain, None)}"
+    if named not in costs.plain:
+        costs.plain[named] = total_flops(step_phases(plain, store), recipe.train.steps)
     phases = step_phases(recipe, store)
-    steps = steps_within(phases, total_flops(plain, recipe.train.steps))
+    steps = steps_within(phases, costs.plain[named])
     if steps < 1:
         raise ArraError(
             f"train.steps: {recipe.train.steps} steps without alignment do not pay for one with it; raise it"
         )
     train = recipe.train.model_copy(update={"steps": steps})
-    return recipe.model_copy(update={"train": train}), phases[0].flops, teacher_flops(recipe, store)
-
-
-def _protocol_of(tables: Sequence[PaperTable], table: str, row: str) -> str:
-    found = next(one for one in tables if one.name == table)
-    facts = next(one.facts for one in found.rows if one.name == row)
-    return facts.protocol or found.section.protocol
+    return recipe.model_copy(update={"train": train}), phases[0].flops, teacher_flops(recipe, store, known=costs.teachers)
 
 
 def _key(recipe: Recipe, start: str | None) -> str:
@@ -295,7 +364,7 @@ def _key(recipe: Recipe, start: str | None) -> str:
 def _run_name(row: str, key: str, out: Path) -> str:
     """The name that runs of this key have already, whatever row they were first trained for; else a new one."""
     known = sorted(path.stem for path in (out / RECIPES).glob(f"*-{key}.yaml"))
-    return known[0] if known else f"{row}-{key}"
+    return known[0] if known else f"{re.sub(r'[^\w.-]', '-', row)}-{key}"  # a row's name may not lead elsewhere
 
 
 # Runs
@@ -324,20 +393,27 @@ def evaluate_rows(
     trained: Sequence[Task], variants: Sequence[Variant], options: ReproduceOptions, out: Path, display: Display
 ) -> list[Failure]:
     """What could not be evaluated; all other trained runs have a card."""
-    protocols = {one.name: one.protocol for one in variants}
-    waiting: list[Task] = []
-    if options.scale == "full":
-        waiting = [task for task in trained if not (card_folder(task, protocols[task.row]) / CARD_FILE).is_file()]
-    else:
+    protocols = {one.name: one.protocols for one in variants}
+    if options.scale == "embedded":
+        waiting: list[Task] = []
         with _alone(out, display):  # judges and what they say of the store are made once
             for store in dict.fromkeys(task.store for task in trained):
                 waiting += not_evaluated([task for task in trained if task.store == store], display)
+        return evaluate_tasks(waiting, display, places=options.places, keep_going=True)
+    failures: list[Failure] = []
+    for protocol in dict.fromkeys(each for one in variants for each in one.protocols if each is not None):
+        own = measured_by(protocol, options)
+        waiting = [
+            task
+            for task in trained
+            if protocol in protocols[task.row] and not (card_folder(task, protocol) / CARD_FILE).is_file()
+        ]
 
-    def asked(task: Task) -> Sequence[str]:
-        protocol = protocols[task.row]
-        return () if protocol is None else ("--protocol", protocol, "--out", str(card_folder(task, protocol)))
+        def asked(task: Task, own: SetOptions = own, protocol: str = protocol) -> SetOptions:
+            return replace(own, out=card_folder(task, protocol))
 
-    return evaluate_tasks(waiting, display, places=options.places, keep_going=True, options=asked)
+        failures += evaluate_tasks(waiting, display, places=options.places, keep_going=True, sets=asked)
+    return failures
 
 
 def card_folder(task: Task, protocol: str | None) -> Path:

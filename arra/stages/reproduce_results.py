@@ -121,7 +121,8 @@ def collect(
 _SCALE_NOTES = {
     "embedded": (
         "Embedded scale: small decoders, small drawn pictures, another teacher and other judges. None of the paper's "
-        "numbers is comparable; its differences are looked for, with what stands in for its measures."
+        "numbers is comparable; its differences are looked for, with what stands in for its measures. Seconds of a "
+        "teacher's pass are its counted operations at the rate of the row's own training."
     ),
     "full": "Full scale: the recipes as they stand, measured by the protocols of the tables.",
 }
@@ -225,8 +226,7 @@ def _pictures(
                 references = grid_references(painted, split)
                 prompts[variant.store] = references.prompts
                 columns[variant.store] = [GridColumn(label="tokenizer", images=references.reconstructions[:, None])]
-            label = " ".join(filter(None, (row.facts.group, row.facts.label or row.name)))
-            columns[variant.store].append(GridColumn(label=label, images=samples[-1].images))
+            columns[variant.store].append(GridColumn(label=row.name, images=samples[-1].images))
         for store, found in columns.items():
             yield TablePictures(table=table.name, title=store.name, prompts=prompts[store], columns=tuple(found))
 
@@ -268,33 +268,36 @@ def print_results(found: Reproduced, out: Path, console: Console) -> None:
 
 
 def terminal_table(table: TableResult) -> Table:
-    """A table of the paper for the terminal: its columns, ours beside each, and the verdict."""
+    """A table of the paper for the terminal, 80 columns wide: the paper's number, ours, differences, the verdict."""
     shown = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left")
     shown.title = Text(f"{table.title}: {table.about}", style="bold")
-    for column in ("row", "column", "paper", "ours", "difference", "paper's", "verdict"):
-        shown.add_column(column, justify="left", no_wrap=column != "row")
+    for column in ("", "paper", "ours", "difference [95 %]", "paper's", "verdict"):
+        shown.add_column(column, justify="left", no_wrap=True)
     for row in table.rows:
         name = " ".join(filter(None, (row.group, row.label)))
+        why = "another system" if row.external else row.missing or ""
+        shown.add_row(Text(name, style="bold"), "", "", why)
         for line in _terminal_lines(table, row):
-            shown.add_row(escape(name), *(escape(text) for text in line))
-            name = ""
+            shown.add_row(*(escape(text) for text in line))
     return shown
 
 
 def _terminal_lines(table: TableResult, row: RowResult) -> Iterator[tuple[str, ...]]:
+    """A line for each column that has a number of the paper or of ours."""
     for column, heading in table.columns.items():
         paper = f"{row.expect[column]:g}" if column in row.expect else ""
         cell = row.speaking(column)
         if cell is None:
-            why = "another system" if row.external else row.missing or "nothing stands for it"
-            yield heading, paper, "", "", "", why if paper else ""
+            if paper:
+                yield f"  {heading}", paper, "", "", "", ""
             continue
         difference = "" if cell.difference is None else f"{cell.difference.value:+.3g}"
         if cell.difference is not None and cell.difference.low is not None and cell.difference.high is not None:
             difference += f" [{cell.difference.low:.3g}, {cell.difference.high:.3g}]"
         theirs = "" if cell.paper_difference is None else f"{cell.paper_difference:+.3g}"
         judged = cell.number if table.scale == "full" and cell.number is not None else cell.effect
-        yield heading, paper, f"{cell.ours.value:.4g}", difference, theirs, "" if judged is None else judged.verdict
+        verdict = "" if judged is None else judged.verdict
+        yield f"  {heading}", paper, f"{cell.ours.value:.4g}", difference, theirs, verdict
 
 
 def _command_of(options: "ReproduceOptions") -> str:

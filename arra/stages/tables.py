@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from arra.config import Recipe, RecipeFile, find_recipe, load_recipe, read_recipe_file, recipe_of_row
+from arra.config import Recipe, RecipeFile, read_recipe_file, recipe_of_row
 from arra.errors import ArraError
 from arra.evaluate.paper import TableRow, TableSection
 
@@ -42,6 +42,10 @@ class PaperTable:
     rows: tuple[PaperRow, ...]
     starts: Mapping[str, Recipe]
     """Recipes of the rows whose finished runs others start from, by name."""
+
+    def protocol_of(self, row: PaperRow) -> str:
+        """How a row is measured at full scale."""
+        return row.facts.protocol or self.section.protocol
 
 
 def read_table(
@@ -92,9 +96,8 @@ def row_recipe(file: RecipeFile, row: str, *, scale: Scale, overrides: Sequence[
     differences = [file.row(row), name]
     settings = file.settings
     if scale == "embedded":
-        assert file.table is not None
         facts = file.facts[row].embedded
-        small, source = read_recipe_file(file.table.embedded), f"{source}.embedded"
+        small, source = file.stand_ins, f"{source}.embedded"
         try:
             stand_in = small.row(facts.get("row"))
         except ArraError as error:
@@ -136,11 +139,10 @@ def start_of(recipe: Recipe) -> str | None:
 
 def _start_recipe(file: RecipeFile, name: str, *, scale: Scale, overrides: Sequence[str]) -> Recipe:
     """The recipe of a row that others start from: of the embedded recipe, or of the table's own file."""
-    assert file.table is not None
-    source = file.table.embedded if scale == "embedded" else file.source
-    recipe = load_recipe(source, row=name, overrides=[text for text in overrides if not text.startswith("align")])
+    file = file.stand_ins if scale == "embedded" else file
+    source = f"{file.source}: rows.{name}"
+    plain = [text for text in overrides if text.partition("=")[0].strip().split(".")[0] != "align"]
+    recipe = recipe_of_row(file.settings, [file.row(name), {"row": name}], source=source, overrides=plain)
     if start_of(recipe) is not None:
-        raise ArraError(
-            f"{find_recipe(source)}: rows.{name}: others start from it, so it cannot start from a row itself"
-        )
+        raise ArraError(f"{source}: others start from it, so it cannot start from a row itself")
     return recipe

@@ -16,15 +16,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import yaml
-
-from arra.config import Recipe, dump_recipe, load_recipe
+from arra.config import Recipe, load_recipe, parse_recipe
 from arra.data.remote import open_store
 from arra.display import Display
 from arra.errors import ArraError
 from arra.runs import Run, writing
 from arra.stages.live import is_finished
 from arra.stages.process import PARENT, SECONDS_FOR_ORPHANS
+from arra.stages.set_options import SetOptions
 
 EVALUATE = "evaluate"
 MAX_PROCESSES = 8
@@ -111,10 +110,15 @@ def num_parallel() -> int:
 
 
 def finished(task: Task) -> bool:
-    """Whether a run reached its last step under the task's recipe."""
+    """Whether a run reached its last step under the task's recipe; of a damaged one its training tells what is wrong."""
     run = Run(task.folder)
-    same = run.recipe_path.is_file() and yaml.safe_load(run.recipe_yaml()) == yaml.safe_load(dump_recipe(task.recipe))
-    return same and is_finished(run, task.recipe)
+    if not run.recipe_path.is_file():
+        return False
+    try:
+        own = parse_recipe(run.recipe_yaml(), Recipe, source=str(run.recipe_path))
+    except (ArraError, UnicodeDecodeError):
+        return False
+    return own == task.recipe and is_finished(run, task.recipe)
 
 
 def train_tasks(
@@ -161,18 +165,28 @@ def evaluate_tasks(
     *,
     places: Places | None = None,
     keep_going: bool = False,
-    options: Callable[[Task], Sequence[str]] = lambda task: (),
+    sets: Callable[[Task], SetOptions | None] = lambda task: None,
 ) -> list[Failure]:
     """What failed, as `run_processes` has it; every other task's run has a current evaluation card.
 
-    `options` are further words of a task's `arra evaluate`.
+    `sets` says how a run's pictures are measured as a set; None measures the run as its recipe says.
     """
     places = places or Places()
     if places.is_here:
-        return _run_here(tasks, lambda task: _evaluate_here(task, options(task)), display, "evaluating", keep_going)
+        return _run_here(tasks, lambda task: _evaluate_here(task, sets(task)), display, "evaluating", keep_going)
     alone = replace(places, ranks=1)
-    commands = [(task, [EVALUATE, str(task.folder), "--threads", "1", *options(task)]) for task in tasks]
+    commands = [(task, [EVALUATE, str(task.folder), "--threads", "1", *_words(sets(task))]) for task in tasks]
     return run_processes(commands, display, "evaluating", places=alone, keep_going=keep_going)
+
+
+def _words(options: SetOptions | None) -> list[str]:
+    """The options as `arra evaluate` takes them."""
+    if options is None:
+        return []
+    single = {"--protocol": options.protocol, "--reference": options.reference, "--out": options.out}
+    words = [word for name, value in single.items() if value is not None for word in (name, str(value))]
+    words += [word for name in options.without for word in ("--without", name)]
+    return words + [word for space, place in options.weights.items() for word in ("--weights", f"{space}={place}")]
 
 
 def _run_here(
@@ -197,11 +211,14 @@ def _train_here(task: Task, store: Path | None, display: Display) -> None:
     train(recipe, open_store(str(store)), task.folder, progress=display.row(task.label))
 
 
-def _evaluate_here(task: Task, options: Sequence[str]) -> None:
+def _evaluate_here(task: Task, options: SetOptions | None) -> None:
     from arra.stages.evaluate import evaluate
+    from arra.stages.evaluate_set import evaluate_set
 
-    assert not options, "measures of a protocol are taken in processes of their own"
-    evaluate(task.folder, threads=1)
+    if options is None:
+        evaluate(task.folder, threads=1)
+    else:
+        evaluate_set(task.folder, replace(options, threads=1))
 
 
 def _told(failure: Failure, display: Display) -> Failure:

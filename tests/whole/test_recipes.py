@@ -61,8 +61,8 @@ def commands_in(text: str) -> Iterator[str]:
             if "ARGS=" in line and line.startswith("make demo"):
                 yield "demo " + line.split('ARGS="')[1].split('"')[0]
     yield from re.findall(r"^ +Example: arra (.*)$", text, re.MULTILINE)
-    for arguments in re.findall(r"^#   sbatch examples/slurm_train\.sh (.*)$", text, re.MULTILINE):
-        yield f"train {arguments}"
+    jobs = r"^(?:#   )?sbatch (?:--\S+ )*examples/slurm_(\w+)\.sh (.*)$"
+    yield from (f"{stage} {arguments}" for stage, arguments in re.findall(jobs, text, re.MULTILINE))
     yield from re.findall(r"(?<!`)`(?:[\w./]*/)?arra ([a-z][^`\n]*)`", text)
 
 
@@ -92,8 +92,9 @@ def test_documented_commands_are_found():
     found = {command.split()[0] for _, command in DOCUMENTED}
     assert found == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     names = ["alignment", "alignment_lab", "data", "encoders", "evaluation", "generation", "guide", "language_models"]
-    names += ["llamagen", "probe", "tokenizers", "training", "weights"]
-    wanted = {*(f"docs/{name}.md" for name in names), "README.md", "examples/slurm_train.sh"}
+    names += ["alignment_study", "llamagen", "paper_tables", "planning", "probe", "tokenizers", "training", "weights"]
+    wanted = {*(f"docs/{name}.md" for name in names), "README.md"}
+    wanted |= {"examples/slurm_reproduce.sh", "examples/slurm_train.sh"}
     assert wanted <= {document for document, _ in DOCUMENTED}
     training = [command for document, command in DOCUMENTED if document == "docs/training.md"]
     assert any(command.startswith("train llamagen_c2i --row 3b") for command in training)  # under torchrun, two lines

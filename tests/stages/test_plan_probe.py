@@ -1,0 +1,95 @@
+"""What a plan says of steps is what real steps take: bytes of tensors, operations, bytes in checkpoints."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from arra.config import Recipe, load_recipe
+from arra.errors import ArraError
+from arra.stages.plan import alone, plan
+from arra.stages.plan_data import data_plan, embedded_records
+from arra.stages.plan_machines import parse_machine
+from arra.stages.plan_probe import Probe, materialised, measured, probe, random_trainer
+from arra.stages.plan_speed import COMPUTE_SHARE, step_flops
+from arra.stages.planned_model import PlannedModel, cut_to, planned_model
+from arra.train.flops import count_flops
+
+CPU = torch.device("cpu")
+SMALL = ("train.batch_size=4", "train.steps=9", "model.num_layers=3", "align={center: true}", "train.threads=1")
+
+
+@cache
+def small(*overrides: str) -> tuple[Recipe, PlannedModel]:
+    recipe = load_recipe("demo", overrides=[*SMALL, *overrides]).resolved(100)
+    return recipe, planned_model(recipe)
+
+
+def test_memory_is_what_real_steps_take() -> None:
+    """Tracked allocations of an aligned training with Muon: within 10 %."""
+    recipe, planned = small()
+    found = measured(recipe, planned, device=CPU, steps=2)
+    assert alone(recipe, planned) == pytest.approx(found.peak, rel=0.10)
+    assert found.seconds > 0
+
+
+@pytest.mark.parametrize("how", ["none", "full"])
+def test_operations_are_those_of_real_passes(how: str, tmp_path: Path) -> None:
+    """Blocks, head and projector: as `count_flops` sees them run, micro-batches and recomputation included."""
+    recipe, planned = small(f"train.recompute={how}", "train.micro_batch_size=2")
+    trainer = random_trainer(recipe, planned, run=tmp_path, device=CPU)
+    batch = trainer.batches.batch(0)
+    real = count_flops(lambda: trainer.passes.gradients(batch, step=0))
+    assert step_flops(planned, recipe.train, ranks=1, sharded=False) == pytest.approx(real, rel=0.01)
+
+
+def test_checkpoints_are_as_large_as_said(tmp_path: Path) -> None:
+    recipe, planned = small()
+    trainer = random_trainer(recipe, planned, run=tmp_path, device=CPU)
+    trainer.train_step()
+    saved = sum(value.nbytes for name, value in trainer.tensors().items())
+    assert data_plan(recipe, planned).checkpoint_bytes == pytest.approx(saved, rel=0.01)
+
+
+def test_a_probe_of_few_blocks_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the whole does not fit, two depths are tried, and the plan still holds within 10 %."""
+    recipe, planned = small("model.num_layers=6")
+    whole, most = alone(recipe, planned), alone(recipe, cut_to(planned, 4, settings=recipe.train))
+    monkeypatch.setattr("arra.stages.plan_probe.memory_here", lambda device: int((whole + most) / 2 / 0.8))
+    monkeypatch.setattr("arra.stages.plan_probe.STEPS", 1)
+    found = probe(recipe, planned, peak_of=lambda model: alone(recipe, model))
+    assert (found.blocks, found.predicted) == ((2, 4), whole)
+    assert abs(found.error) < 0.10
+    monkeypatch.setattr("arra.stages.plan_probe.memory_here", lambda device: 2**20)
+    with pytest.raises(ArraError, match=r"--probe: 0\.\d GiB with 4 blocks do not fit the 0\.0 GiB"):
+        probe(recipe, planned, peak_of=lambda model: alone(recipe, model))
+
+
+def test_hours_follow_from_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes what the probe took, the update in it once, on machines of its kind alone."""
+    recipe, planned = small()
+    measured_here = Probe(device="cpu", blocks=(3,), seconds=2.5, peak=1, predicted=1)
+    monkeypatch.setattr("arra.stages.plan.probe", lambda *_, **__: measured_here)
+    machines = [parse_machine("cpu-8g"), parse_machine("1xl4")]
+    here, there = plan(recipe, machines=machines, probing=True, planned=planned).machines
+    assert here.time is not None
+    assert there.time is not None
+    assert here.time.seconds == pytest.approx(2.5)
+    assert here.hours == pytest.approx(9 * 2.5 / 3600)
+    assert there.time.share == COMPUTE_SHARE["cuda", "float32"]
+
+
+def test_random_models_are_the_planned_ones() -> None:
+    _, planned = small()
+    real = materialised(planned.model, device=CPU)
+    shapes = {name: (value.shape, value.requires_grad) for name, value in planned.model.named_parameters()}
+    assert {name: (value.shape, value.requires_grad) for name, value in real.named_parameters()} == shapes
+    assert all(value.isfinite().all() for value in real.state_dict().values())
+    assert all(value.is_meta for value in planned.model.parameters())
+
+
+def test_embedded_sets_are_counted() -> None:
+    assert embedded_records("shapes") == 3200
+    recipe, planned = small("data.source=shapes", "data.max_train_records=100")
+    assert data_plan(recipe, planned).records == 100
