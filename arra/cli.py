@@ -929,6 +929,16 @@ def reproduce(
             help="Rows get the compute of their recipe without alignment, or its steps; default: equal if embedded.",
         ),
     ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option("--weights", metavar="SPACE=PATH", help="At full scale: weights of a protocol's network."),
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", help="At full scale: a space or metric to leave out.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="At full scale: compare with this; default: the run's own split.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List rows and their settings, and leave.")] = False,
     overrides: SetOption = None,
 ) -> None:
@@ -953,6 +963,9 @@ def reproduce(
         shard=shard,
         equal_compute=equal_compute,
         overrides=overrides or (),
+        weights=weights or (),
+        without=without or (),
+        reference=reference,
     )
     if dry_run:
         _console().print(list_rows(options))

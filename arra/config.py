@@ -68,8 +68,8 @@ class DataSection(Settings):
     max_failed_fraction: float = Field(0.0, ge=0, le=1)
     """Share of the items that may fail; with more the store is not finished and the command ends with code 1."""
     max_train_records: int | None = Field(None, gt=0)
-    """Train on at most so many records: those with the smallest hashes of their ids, the same for every store and order.
-    The store holds them all."""
+    """Train on at most so many records: those with the smallest hashes of their ids, whatever the store and its
+    order. The store holds them all."""
     expected_records: int | None = Field(None, gt=0)
     """Training records that the data has, for `arra plan` before they are there; nothing else reads it."""
 
@@ -553,8 +553,7 @@ def _settled(
         found = model.model_validate(data)
         return cast(S, found.resolved(None)) if isinstance(found, Recipe) and not found.in_epochs else found
     except ValidationError as error:
-        # A misspelt key also makes the right one missing; the misspelling is the one to tell.
-        problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+        problems = _problems(error)
         key, message = _explain(problems[0], data, model)
         dotted = ".".join(map(str, key))
         if key and any(_is_beside(key, path) for path in assigned):
@@ -773,7 +772,7 @@ def _facts(model: type[S], data: Any, where: str) -> S | None:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        found, message = _explain(error.errors(include_url=False)[0], data if isinstance(data, dict) else {}, model)
+        found, message = _explain(_problems(error)[0], data if isinstance(data, dict) else {}, model)
         raise ArraError(f"{'.'.join([where, *map(str, found)])}: {message}") from None
 
 
@@ -850,6 +849,11 @@ def _is_beside(key: Path_, assigned: Path_) -> bool:
 
 
 # Explaining
+
+
+def _problems(error: ValidationError) -> list[ErrorDetails]:
+    """What pydantic found; misspelt keys first, which make the right ones missing."""
+    return sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
 
 
 def _explain(problem: ErrorDetails, data: Tree, model: type[Settings]) -> tuple[Path_, str]:

@@ -189,7 +189,8 @@ class Run:
 
         For whoever holds the lock: a start that is refused leaves the recipe of the one that runs.
         """
-        if yaml.safe_load(self.recipe_yaml()) != yaml.safe_load(recipe_yaml):
+        own = self.recipe_yaml()
+        if own != recipe_yaml and yaml.safe_load(own) != yaml.safe_load(recipe_yaml):
             atomic_write(self.recipe_path, recipe_yaml)
 
     def recipe_yaml(self) -> str:

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from arra.config import (
     Recipe,
+    built_in_recipes,
     dump_recipe,
     find_recipe,
     json_schema,
     load_recipe,
     parse_recipe,
+    read_recipe_file,
     recipes_folder,
     row_names,
     write_schema,
@@ -257,7 +260,7 @@ def test_files_are_found_and_missing_ones_named(tmp_path: Path, monkeypatch: pyt
         load_recipe("binary.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(recipes_folder().glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", built_in_recipes(), ids=lambda path: path.stem)
 def test_every_row_of_every_built_in_recipe_loads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert path.read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
     monkeypatch.chdir(tmp_path)  # built-in recipes are found from anywhere
@@ -265,6 +268,163 @@ def test_every_row_of_every_built_in_recipe_loads(path: Path, tmp_path: Path, mo
     for row in [None, *row_names(path.stem)]:
         recipe = load_recipe(path.stem, row=row)
         assert parse_recipe(dump_recipe(recipe), Recipe, source="dump") == recipe
+
+
+# Bases and tables
+
+PAPER = """\
+base: below
+name: paper
+table:
+  title: Table 9
+  about: what is tested
+  protocol: general
+  columns: {fd: FID, clip_score: CLIP-Score}
+rows:
+  plain: {align: null, expect: {fd: 5}, label: w/o}
+  aligned: {align: {layer: 1}, expect: {fd: 4.5}, against: plain, note: short, embedded: {row: arra}}
+  theirs: {external: true, expect: {fd: 9}}
+"""
+BELOW = "name: below\ntrain: {steps: 7}\nmodel: {num_layers: 2, hidden_size: 32}\nrows:\n  hidden: {align: null}\n"
+
+
+@pytest.fixture
+def paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "below.yaml").write_text(BELOW)
+    (tmp_path / "files" / "paper.yaml").write_text(PAPER)
+    return tmp_path / "files" / "paper.yaml"
+
+
+def refused(path: Path, text: str) -> str:
+    path.write_text(text)
+    with pytest.raises(ArraError) as caught:
+        read_recipe_file(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+def test_a_row_on_a_base_is_the_same_as_a_flat_file(paper: Path):
+    flat = "name: paper\ntrain: {steps: 7}\nmodel: {num_layers: 2, hidden_size: 32}\nalign: {layer: 1}\nrow: aligned\n"
+    assert load_recipe(paper, row="aligned") == parse_recipe(flat, Recipe, source="flat")
+    assert load_recipe(paper, row="plain").align is None
+    assert row_names(paper) == ["plain", "aligned"]  # neither the base's rows nor other systems'
+    deeper = load_recipe(paper, row="aligned", overrides=["model.num_layers=3"])
+    assert (deeper.model.num_layers, deeper.train.steps) == (3, 7)
+    file = read_recipe_file(paper)
+    assert file.settings["train"] == {"steps": 7}
+    assert file.differences["aligned"] == {"align": {"layer": 1}}
+    assert (file.facts["aligned"].against, file.facts["aligned"].embedded) == ("plain", {"row": "arra"})
+    assert file.facts["plain"].expect == {"fd": 5.0}
+    again = parse_recipe(dump_recipe(load_recipe(paper, row="aligned")), Recipe, source="dump")
+    assert again == load_recipe(paper, row="aligned")  # a run's recipe carries nothing of the table
+    with pytest.raises(ArraError, match="row 'theirs' is another system's, only its numbers are told"):
+        load_recipe(paper, row="theirs")
+
+
+def test_a_base_is_beside_the_file_or_built_in_and_nowhere_else(paper: Path, tmp_path: Path):
+    (tmp_path / "below.yaml").write_text(BELOW.replace("7", "8"))  # in the working folder
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo.yaml").write_text(BELOW.replace("7", "9"))
+    assert load_recipe(paper).train.steps == 7
+    paper.write_text("base: demo\nname: own\n")
+    assert load_recipe(paper).train.steps == load_recipe(recipes_folder() / "demo.yaml").train.steps
+    (tmp_path / "embedded").mkdir()
+    assert read_recipe_file("table1").stand_ins.source == str(recipes_folder() / "embedded.yaml")
+
+
+@pytest.mark.parametrize(
+    "base", ["../below", "./below", "/etc/passwd", "files/below", "below.yml", "3", "[below]", "''", "..", "~/below"]
+)
+def test_a_base_is_a_name_and_no_path(paper: Path, base: str):
+    told = refused(paper, f"base: {base}\nname: x\n")
+    assert told.startswith("base: expected the name of a recipe, built in or beside this file, found ")
+    assert refused(paper, PAPER.replace("protocol: general", "protocol: general\n  embedded: 3")).startswith("table")
+    paper.write_text(PAPER.replace("protocol: general", "protocol: general\n  embedded: ../below"))
+    with pytest.raises(ArraError, match=r"table\.embedded: expected the name of a recipe"):
+        _ = read_recipe_file(paper).stand_ins
+
+
+def test_bases_that_stand_on_themselves_or_are_none(paper: Path, tmp_path: Path):
+    assert "base: no recipe 'belw', built in or beside this file" in refused(paper, "base: belw\nname: x\n")
+    assert refused(paper, "base: dem\nname: x\n").endswith("did you mean 'demo'?")
+    assert "base: paper stands on itself" in refused(paper, "base: paper\nname: x\n")
+    (paper.parent / "below.yaml").write_text("base: paper\nname: y\n")
+    assert "stands on itself" in refused(paper, "base: below\nname: x\n")
+    for number in range(6):
+        (paper.parent / f"b{number}.yaml").write_text(f"base: b{number + 1}\nname: x\n")
+    (paper.parent / "b4.yaml").write_text("name: x\ntrain: {steps: 3}\n")
+    assert load_recipe(paper.parent / "b0.yaml").train.steps == 3
+    (paper.parent / "b4.yaml").write_text("base: b5\nname: x\n")
+    (paper.parent / "b5.yaml").write_text("name: x\ntrain: {steps: 3}\n")
+    assert "or on more than 4 others" in refused(paper, "base: b0\nname: x\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (
+            "expect: {fd: 5}",
+            "expect: {fid: 5}",
+            "rows.plain.expect.fid: no column of the table; did you mean 'fd'?; it",
+        ),
+        ("expect: {fd: 5}", "expect: {fd: low}", "rows.plain.expect.fd: expected a number, found 'low'"),
+        ("expect: {fd: 5}", "expect: 5", "rows.plain.expect: expected a section of keys, found 5"),
+        ("label: w/o", "label: [w/o]", "rows.plain.label: expected text or null, found ['w/o']"),
+        ("against: plain", "against: aligned", "rows.aligned.against: 'aligned' is no other row of the table"),
+        (
+            "against: plain",
+            "against: plane",
+            "rows.aligned.against: 'plane' is no other row of the table; did you mean",
+        ),
+        ("{row: arra}", "{row: [arra]}", "rows.aligned: embedded.row: expected the name of a row, found ['arra']"),
+        ("{row: arra}", "arra", "rows.aligned.embedded: expected a section of keys, found 'arra'"),
+        (
+            "external: true",
+            "external: true, against: plain",
+            "rows.theirs: external: of another system's row nothing is",
+        ),
+        (
+            "{layer: 1}, expect",
+            "{layer: 1}, protocol: mimic, expect",
+            "rows.aligned.protocol: protocol 'mimic': unknown",
+        ),
+        (
+            "protocol: general",
+            "protocol: genral",
+            "table.protocol: protocol 'genral': unknown; did you mean 'general'?",
+        ),
+        ("{fd: FID, clip", "{fdd: FID, clip", "table.columns: 'fdd' is no measure; known are nll,"),
+        ("{fd: FID, clip_score: CLIP-Score}", "{}", "table.columns: "),
+        ("title: Table 9", "titel: Table 9", "table.titel: unknown key; did you mean 'title'?"),
+        ("  title: Table 9\n", "", "table.title: missing; expected text"),
+        ("note: short", "note: 3", "rows.aligned.note: expected text or null, found 3"),
+    ],
+)
+def test_facts_of_a_table_that_cannot_be(paper: Path, old: str, new: str, told: str):
+    assert old in PAPER
+    assert refused(paper, PAPER.replace(old, new, 1)).startswith(told)
+
+
+def test_facts_of_rows_need_a_table(paper: Path):
+    flat = PAPER[: PAPER.index("table:")] + PAPER[PAPER.index("rows:") :]
+    assert refused(paper, flat) == "rows.plain.label: is of a paper's table; add a 'table' section"
+    assert refused(paper, flat.split("rows:")[0] + "table: 3\n").startswith("table: ")
+    paper.write_text(flat.split("rows:")[0])
+    with pytest.raises(ArraError, match="has no 'table' section"):
+        _ = read_recipe_file(paper).stand_ins
+
+
+def test_schema_says_what_files_of_tables_may_say():
+    schema = json_schema(Recipe)
+    assert schema["properties"]["table"] == {"$ref": "#/$defs/TableSection"}
+    assert schema["properties"]["base"]["type"] == "string"
+    row, facts = schema["$defs"]["RecipeChange"]["properties"], schema["$defs"]["TableRow"]["properties"]
+    assert {"expect", "against", "external", "embedded", "label"} <= set(facts)
+    assert facts.items() <= row.items()
+    assert "train" not in schema["required"]  # a base may have it
+    assert all(name.removeprefix("#/$defs/") in schema["$defs"] for name in _references(schema))
 
 
 def test_schema_of_rows_requires_nothing_and_allows_null():
@@ -285,6 +445,21 @@ def _references(node: Any) -> list[str]:
         own = [node["$ref"]] if isinstance(node.get("$ref"), str) else []
         return own + [reference for part in node.values() for reference in _references(part)]
     return [reference for part in node for reference in _references(part)] if isinstance(node, list) else []
+
+
+def test_schema_accepts_every_built_in_recipe_and_refuses_misspelt_facts():
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(json_schema())
+    found = {path.stem: yaml.safe_load(path.read_text()) for path in built_in_recipes()}
+    for name, content in found.items():
+        assert not [error.message for error in validator.iter_errors(content)], name
+    table = found["table1"]
+    for wrong in (
+        {"rows": {"adapt-rep": {"expct": {"fd": 4.85}}}},
+        {"rows": {"adapt-rep": {"expect": {"fd": "low"}}}},
+        {"table": table["table"] | {"colums": {}}},
+        {"base": 3},
+    ):
+        assert not validator.is_valid(table | wrong), wrong
 
 
 def test_written_schema_is_current(tmp_path: Path):

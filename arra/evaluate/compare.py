@@ -358,7 +358,8 @@ def _row_of(one: Difference) -> tuple[str, str, float | None, str | None, str | 
     return (one.metric, one.split, one.cfg_scale, one.reference, one.space)
 
 
-def _names_model(key: str) -> bool:
+def names_model(key: str) -> bool:
+    """Whether a key of a card's protocol says which model was measured, and not how."""
     return key == "run" or key.startswith("model")
 
 
@@ -374,7 +375,7 @@ def require_same_protocol(baseline: Evaluation, candidate: Evaluation) -> None:
     """
     first, second = baseline.card, candidate.card
     between = f"{first.run} and {second.run}"
-    names = sorted(name for name in first.protocol.keys() | second.protocol.keys() if not _names_model(name))
+    names = sorted(name for name in first.protocol.keys() | second.protocol.keys() if not names_model(name))
     missing = "nothing"
     gaps = [
         f"{name} ({_short(first.protocol.get(name, missing))} and {_short(second.protocol.get(name, missing))})"

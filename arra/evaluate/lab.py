@@ -15,10 +15,10 @@ Letters: N pictures, R resamples, S training seeds.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -27,6 +27,7 @@ from arra.errors import ArraError
 from arra.evaluate.card import ASKED, PIXELS, Better, Evaluation, Result
 from arra.evaluate.compare import checked_statistic, groups_of, holm, require_same_protocol, student_t_quantile
 from arra.evaluate.distances import LEVEL, NUM_RESAMPLES, draw_counts
+from arra.evaluate.spread import Pooled, SeedSpread
 
 Space = Literal["no judge", "independent", "teacher's family", "other encoder"]
 """Whose features a measure looks at: nobody's; the caption judge's, which was trained from random weights on the
@@ -67,6 +68,8 @@ class Estimate:
     """Standard error over training seeds; None with one seed."""
     picture_error: float | None
     """Standard error over pictures; None where only means over pictures are known."""
+    degrees: int | None = None
+    """Degrees of freedom of `seed_error`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +174,11 @@ def measure_tables(
     resampled: Resampled,
     validation: Mapping[str, Mapping[int, float]] | None = None,
     level: float = LEVEL,
+    spread: SeedSpread | None = None,
 ) -> list[MeasureTable]:
     """As `lab_tables`, with resamples that are kept for other tables.
+
+    With `spread` the error over seeds is that of all rows measured alike, in place of each row's own.
 
     Raises: ArraError as `lab_tables`.
     """
@@ -194,7 +200,7 @@ def measure_tables(
             num_images=None,
         )
         named = {row: {s: Drawn(value, None) for s, value in found.items()} for row, found in validation.items()}
-        tables.append(_table(measure, named, level=level))
+        tables.append(_table(measure, named, level=level, pooled=_pooled(spread, cards[0], VALIDATION)))
     teachers = {row.key for each in cards for row in each.card.results if row.is_teachers}
     for result in cards[0].card.results:
         if result.subject != "model" or result.reference == "raw":
@@ -203,7 +209,8 @@ def measure_tables(
             row: {s: resampled.of(result, each) for s, each in by_seed.items()} for row, by_seed in evaluations.items()
         }
         own = replace(result, is_teachers=result.key in teachers)  # a row without a teacher does not know
-        tables.append(_table(_measure_of(own, judge_is_related), values, level=level))
+        pooled = _pooled(spread, cards[0], result.key)
+        tables.append(_table(_measure_of(own, judge_is_related), values, level=level, pooled=pooled))
     return tables
 
 
@@ -216,11 +223,28 @@ def space_of(metric: str, *, judge_is_related: bool) -> Space:
     return "no judge"
 
 
-def half_width(*, level: float, seed_error: float | None, num_seeds: int, picture_error: float | None) -> float:
-    """Half an interval of this level: the two errors, each with its own quantile, added as squares."""
+@dataclass(frozen=True)
+class _Spreads:
+    """Pooled over rows; None where each row has its own."""
+
+    numbers: Pooled | None = None
+    differences: Pooled | None = None
+
+
+def _pooled(spread: SeedSpread | None, evaluation: Evaluation, measure: Hashable) -> _Spreads:
+    if spread is None:
+        return _Spreads()
+    return _Spreads(spread.of_numbers(evaluation, measure), spread.of_differences(evaluation, measure))
+
+
+def half_width(*, level: float, seed_error: float | None, degrees: int | None, picture_error: float | None) -> float:
+    """Half an interval of this level: the two errors, each with its own quantile, added as squares.
+
+    `degrees` are those of freedom of the error over seeds.
+    """
     squares = 0.0
-    if seed_error:
-        squares += (student_t_quantile(level, degrees=num_seeds - 1) * seed_error) ** 2
+    if seed_error and degrees:
+        squares += (student_t_quantile(level, degrees=degrees) * seed_error) ** 2
     if picture_error:
         squares += (NormalDist().inv_cdf((1 + level) / 2) * picture_error) ** 2
     return math.sqrt(squares)
@@ -243,15 +267,24 @@ def _measure_of(result: Result, judge_is_related: bool) -> Measure:
     )
 
 
-def _table(measure: Measure, values: Mapping[str, Mapping[int, Drawn]], *, level: float) -> MeasureTable:
+def _table(
+    measure: Measure, values: Mapping[str, Mapping[int, Drawn]], *, level: float, pooled: _Spreads
+) -> MeasureTable:
     baseline, *others = values
-    rows = [_row(baseline, values[baseline], None, measure=measure, level=level)]
-    rows += [_row(row, values[row], values[baseline], measure=measure, level=level) for row in others if values[row]]
+    told: dict[str, Any] = {"measure": measure, "level": level, "pooled": pooled}
+    rows = [_row(baseline, values[baseline], None, **told)]
+    rows += [_row(row, values[row], values[baseline], **told) for row in others if values[row]]
     return MeasureTable(measure=measure, rows=tuple(_corrected(rows, measure.better, level=level)))
 
 
 def _row(
-    row: str, own: Mapping[int, Drawn], baseline: Mapping[int, Drawn] | None, *, measure: Measure, level: float
+    row: str,
+    own: Mapping[int, Drawn],
+    baseline: Mapping[int, Drawn] | None,
+    *,
+    measure: Measure,
+    level: float,
+    pooled: _Spreads,
 ) -> RowEstimate:
     shared = [seed for seed in own if baseline is not None and seed in baseline]
     difference = p = None
@@ -263,12 +296,12 @@ def _row(
             )
             for seed in shared
         ]
-        difference = _estimate(gaps, level=level)
-        p = _p_value(difference, num_seeds=len(shared)) if len(shared) > 1 else None
+        difference = _estimate(gaps, level=level, pooled=pooled.differences)
+        p = _p_value(difference) if len(shared) > 1 else None
     return RowEstimate(
         row=row,
         per_seed={seed: each.value for seed, each in own.items()},
-        mean=_estimate(list(own.values()), level=level),
+        mean=_estimate(list(own.values()), level=level, pooled=pooled.numbers),
         difference=difference,
         p=p,
         p_corrected=None,
@@ -281,26 +314,34 @@ def _drawn(values: Drawn) -> np.ndarray:
     return values.resampled
 
 
-def _estimate(values: Sequence[Drawn], *, level: float) -> Estimate:
+def _estimate(values: Sequence[Drawn], *, level: float, pooled: Pooled | None) -> Estimate:
     each, count = np.array([one.value for one in values]), len(values)
     mean = float(each.mean())
-    seed_error = float(each.std(ddof=1)) / math.sqrt(count) if count > 1 else None
+    own = pooled or Pooled(float(each.std(ddof=1)), count - 1) if count > 1 else None
+    seed_error, degrees = (None, None) if own is None else (own.deviation / math.sqrt(count), own.degrees)
     drawn = [one.resampled for one in values if one.resampled is not None]
     picture_error = float(np.mean(drawn, axis=0).std(ddof=1)) if drawn else None
     if seed_error is None and picture_error is None:
         return Estimate(value=mean, low=None, high=None, seed_error=None, picture_error=None)
-    half = half_width(level=level, seed_error=seed_error, num_seeds=count, picture_error=picture_error)
-    return Estimate(value=mean, low=mean - half, high=mean + half, seed_error=seed_error, picture_error=picture_error)
+    half = half_width(level=level, seed_error=seed_error, degrees=degrees, picture_error=picture_error)
+    return Estimate(
+        value=mean,
+        low=mean - half,
+        high=mean + half,
+        seed_error=seed_error,
+        picture_error=picture_error,
+        degrees=degrees,
+    )
 
 
-def _p_value(difference: Estimate, *, num_seeds: int) -> float:
+def _p_value(difference: Estimate) -> float:
     """1 minus the highest level whose interval leaves out zero, by bisection."""
 
     def leaves_out_zero(level: float) -> bool:
         half = half_width(
             level=level,
             seed_error=difference.seed_error,
-            num_seeds=num_seeds,
+            degrees=difference.degrees,
             picture_error=difference.picture_error,
         )
         return abs(difference.value) > half

@@ -24,6 +24,7 @@ from arra.evaluate.distances import LEVEL
 from arra.evaluate.lab import Estimate, Measure, Resampled, RowEstimate, half_width, measure_tables
 from arra.evaluate.paper import TableRow
 from arra.evaluate.protocols import PROTOCOLS, Protocol
+from arra.evaluate.spread import SeedSpread
 
 Scale = Literal["embedded", "full"]
 Statement = Literal["number", "effect"]
@@ -139,6 +140,8 @@ class Reached:
     """By training seed."""
     validation: Mapping[int, float] = field(default_factory=dict)
     """Next-token loss on the validation split after training, by training seed, nats a token."""
+    spread: SeedSpread | None = None
+    """Over the seeds of all rows that are trained like this one but for what tables vary; None takes the row's own."""
     not_comparable: Mapping[str, str] = field(default_factory=dict)
     """By column why the paper's number is not for this row, in a few words: other data, another encoder."""
     steps: int | None = None
@@ -278,6 +281,7 @@ def _measured(
         validation={each: reached[each].validation for each in names if reached[each].validation},
         resampled=resampled,
         level=level,
+        spread=reached[name].spread,
     )
     return [(table.measure, row) for table in tables for row in table.rows if row.row == name]
 
@@ -371,7 +375,7 @@ class _RowJudge:
         half = half_width(
             level=self.level,
             seed_error=ours.seed_error * math.sqrt(num_seeds + 1),
-            num_seeds=num_seeds,
+            degrees=ours.degrees,
             picture_error=None if ours.picture_error is None else ours.picture_error * math.sqrt(2),
         )
         low, high = ours.value - half, ours.value + half

@@ -159,12 +159,20 @@ def summary_lines(page: LabPage) -> list[str]:
     return lines
 
 
-def interval_meaning(num_seeds: int) -> str:
-    """What an interval over so many seeds says."""
+def interval_meaning(num_seeds: int, *, pooled: bool = False) -> str:
+    """What an interval over so many seeds says; `pooled`: their spread is that of all rows measured alike."""
     if num_seeds == 1:
         return (
             "One training seed: intervals say what other held-out pictures would change and nothing of other seeds, so "
             "no difference is called clear."
+        )
+    if pooled:
+        return (
+            f"Intervals join two independent errors as squares: the spread over {num_seeds} training seeds, which is "
+            "taken to be the same for all rows measured on the same data and is pooled over them (Student's t with as "
+            "many degrees of freedom as all their seeds give), and what other held-out pictures would change (drawn "
+            "again in whole groups). Differences are paired by seed and by picture. Of the validation NLL the first "
+            "alone is known."
         )
     return (
         f"Intervals join two independent errors as squares: the spread over {num_seeds} training seeds (Student's t "

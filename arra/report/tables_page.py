@@ -108,7 +108,7 @@ def tables_html(page: TablesPage) -> str:
         tally=tally_line(page.tables),
         verdicts=VERDICT_TEXTS,
         tables=[_table_view(page, table, anchor=f"t{place}") for place, table in enumerate(page.tables)],
-        meaning=[COUNTED, interval_meaning(len(page.seeds)), CORRECTION, BAND_MEANING, TEACHER_MEANING],
+        meaning=[COUNTED, interval_meaning(len(page.seeds), pooled=True), CORRECTION, BAND_MEANING, TEACHER_MEANING],
         glossary=glossary(list(metrics)),
     )
 

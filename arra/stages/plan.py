@@ -21,6 +21,7 @@ from arra.stages.plan_machines import CPU, Machine, device_kind_here
 from arra.stages.plan_painting import Painting, plan_painting
 from arra.stages.plan_probe import Probe, probe
 from arra.stages.plan_speed import COMPUTE_SHARE, StepTime, step_time
+from arra.stages.plan_traffic import LEAST_GAIN, Faster, changes_of_traffic, waits_for_traffic
 from arra.stages.planned_model import PlannedModel, planned_model
 from arra.train.durations import to_steps
 from arra.train.memory import Memory, Sharing, largest_rows, local_elements
@@ -55,6 +56,8 @@ class MachinePlan:
     """The largest micro_batch_size that fits; 0 where none does."""
     remedies: tuple[Remedy, ...]
     """Where the steps do not fit."""
+    faster: tuple[Faster, ...]
+    """Where it fits and steps wait for traffic: what lets them wait less, the fastest first."""
     painting: Painting
     """With the largest batch that the run paints."""
     time: StepTime | None
@@ -71,9 +74,11 @@ class MachinePlan:
     @property
     def needed(self) -> int:
         """Bytes of each device, for training and for painting in between."""
-        painted = self.memory.state + self.memory.reserve + self.painting.beside if self.painting.between else 0
-        host = self.memory.host if self.machine.name == CPU else 0
-        return max(self.memory.total, painted) + host
+        memory = self.memory
+        idle = memory.state - memory.let_go + memory.reserve
+        painted = idle + self.painting.beside if self.painting.between else 0
+        host = memory.host if self.machine.name == CPU else 0
+        return max(memory.total, painted) + host
 
     @property
     def hours(self) -> float | None:
@@ -163,36 +168,61 @@ def _measured_share(recipe: Recipe, planned: PlannedModel, found: Probe | None, 
 def plan_machine(
     recipe: Recipe, planned: PlannedModel, *, machine: Machine, data: DataPlan | None = None, share: float | None = None
 ) -> MachinePlan:
-    """The training of a model on one machine, and what to change where it does not fit.
+    """The training of a model on one machine, and what to change where it does not fit or waits for traffic.
 
     `share` of the peak is what passes reach, assumed where nobody measured it.
 
     Raises:
         ArraError: settings of parallelism that do not fit each other or the machine.
     """
-    settings, data = recipe.train, data or data_plan(recipe, planned)
+    found = _plan_as_it_is(recipe, planned, machine=machine, data=data or data_plan(recipe, planned), share=share)
+    if found.memory.total > machine.bytes_each:
+        remedies = list(_remedies(recipe, planned, machine=machine, sharing=found.sharing))
+        if found.largest:
+            total = _memory_with(planned, recipe.train, found.sharing, machine)(found.largest).total
+            remedies.insert(0, Remedy(f"train.micro_batch_size={found.largest}", total, fits=True))
+        return replace(found, remedies=tuple(remedies))
+    if found.fits and waits_for_traffic(found.time, found.sharing):
+        faster = _faster(recipe, planned, found, share=share)
+        return replace(found, faster=tuple(sorted(faster, key=lambda each: each.seconds)))
+    return found
+
+
+def _plan_as_it_is(
+    recipe: Recipe, planned: PlannedModel, *, machine: Machine, data: DataPlan, share: float | None
+) -> MachinePlan:
+    """The training on one machine, without advice."""
+    settings = recipe.train
     sharing, rows = sharing_on(machine, settings, planned=planned), rows_of(settings, ranks=machine.count)
     memory_with = _memory_with(planned, settings, sharing, machine)
     share_of_batch = -(-settings.batch_size // machine.count)
-    found = MachinePlan(
+    return MachinePlan(
         machine=machine,
         sharing=sharing,
         rows=rows,
         memory=memory_with(rows),
         largest=largest_rows(memory_with, machine.bytes_each, most=share_of_batch),
         remedies=(),
+        faster=(),
         painting=plan_painting(recipe, planned, machine=machine, sharing=sharing),
         time=step_time(planned, settings, machine=machine, sharing=sharing, share=share),
         steps=_steps(settings, data.records),
         data=data,
     )
-    if found.memory.total <= machine.bytes_each:
-        return found
-    remedies = list(_remedies(recipe, planned, machine=machine, sharing=sharing))
-    if found.largest:
-        total = memory_with(found.largest).total
-        remedies.insert(0, Remedy(f"train.micro_batch_size={found.largest}", total, fits=True))
-    return replace(found, remedies=tuple(remedies))
+
+
+def _faster(recipe: Recipe, planned: PlannedModel, found: MachinePlan, *, share: float | None) -> Iterator[Faster]:
+    """What fits as well and waits less for traffic."""
+    machine, time = found.machine, found.time
+    assert time is not None
+    told: dict[str, Any] = {"machine": machine, "sharing": found.sharing}
+    for changes in changes_of_traffic(planned, recipe.train, **told, compute=time.compute, largest=found.largest):
+        changed = _changed(recipe, changes)
+        other = _plan_as_it_is(changed, planned, machine=machine, data=found.data, share=share)
+        assert other.time is not None
+        if other.fits and other.time.seconds < (1 - LEAST_GAIN) * time.seconds:
+            what = Saving(changes, same=True).written
+            yield Faster(what, other.needed, other.time.seconds, other.hours)
 
 
 def _steps(settings: TrainSettings, records: int | None) -> int | None:

@@ -185,6 +185,14 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 or not value else f"{value:.3g}"
 
 
+def span(hours: float) -> str:
+    """A length of time in hours, minutes or seconds, the largest of which there is one."""
+    for seconds, unit in ((3600, "h"), (60, "min")):
+        if hours * 3600 >= seconds:
+            return f"{number(hours * 3600 / seconds)} {unit}"
+    return f"{number(hours * 3600)} s"
+
+
 def size(count: int) -> str:
     """Bytes in the largest binary unit of which there is one."""
     for unit, name in ((2**40, "TiB"), (GIB, "GiB"), (2**20, "MiB")):
@@ -204,12 +212,40 @@ def _meanwhile(found: Plan, each: MachinePlan) -> str:
 
 def _advice(found: Plan) -> Iterator[str]:
     for each in found.machines:
-        if each.fits:
-            continue
         where = each.machine.written
+        if each.fits:
+            yield from _faster_lines(each)
+            continue
         if each.memory.total <= each.machine.bytes_each:
             yield f"{where}: the steps fit; {gib(each.needed)} GiB {_meanwhile(found, each)}"
             continue
         yield f"{where}: {gib(each.memory.total)} GiB do not fit. Each of these alone:"
         for remedy in sorted(each.remedies, key=lambda remedy: not remedy.fits):
             yield f"  {remedy.what}: {gib(remedy.total)} GiB, {'fits' if remedy.fits else 'does not fit either'}"
+
+
+def _faster_lines(each: MachinePlan) -> Iterator[str]:
+    if each.time is None or not each.faster:
+        return
+    traffic, passes = number(each.time.traffic), number(each.time.compute)
+    yield (
+        f"{each.machine.written}: steps wait for traffic, {traffic} s where the passes take {passes} s. Each of these "
+        "alone trains the same:"
+    )
+    for faster in each.faster:
+        length = "" if faster.hours is None else f", {number(faster.hours)} hours"
+        yield f"  {faster.what}: {number(faster.seconds)} s a step{length}, {gib(faster.needed)} GiB"
+
+
+def in_short(found: Plan) -> str | None:
+    """What to change on the first machine, in a line without its name; None where nothing."""
+    each = found.machines[0]
+    if each.fits:
+        if each.time is None or not each.faster:
+            return None
+        best = each.faster[0]
+        return f"waits for traffic; {each.time.seconds / best.seconds:.1f} times as fast with {best.what}"
+    if each.memory.total <= each.machine.bytes_each:
+        return f"steps fit, but {_meanwhile(found, each)}"
+    fitting = next((remedy.what for remedy in each.remedies if remedy.fits), None)
+    return "does not fit, whatever is changed" if fitting is None else f"fits with {fitting}"

@@ -87,8 +87,8 @@ def step_time(
 
     `share` of the peak is assumed where it is not given.
     """
-    peak, bandwidth, link = machine.peak(settings.precision), machine.bandwidth, machine.link
-    if peak is None or bandwidth is None or link is None:
+    peak, bandwidth = machine.peak(settings.precision), machine.bandwidth
+    if peak is None or bandwidth is None:
         return None
     images = -(-settings.batch_size // sharing.ranks)
     share = share or COMPUTE_SHARE[machine.device_type, settings.precision]
@@ -106,7 +106,7 @@ def step_time(
         flops=flops,
         useful_flops=useful,
         compute=flops / (share * peak),
-        traffic=traffic_bytes(planned, settings, sharing=sharing) / (LINK_SHARE * link),
+        traffic=traffic_seconds(planned, settings, machine=machine, sharing=sharing),
         update=moved / (BANDWIDTH_SHARE * bandwidth)
         + muon_flops(planned.parts.all) / (COMPUTE_SHARE[machine.device_type, "float32"] * wide),
         share=share,
@@ -144,6 +144,12 @@ def muon_flops(held: tuple[Held, ...]) -> int:
     """Of orthogonalising its matrices (M, N), M <= N: five steps of 4 M^2 N + 2 M^3; every rank makes all."""
     shapes = [sorted(each.shape) for each in held if each.orthogonalised]
     return sum(NEWTON_SCHULZ_STEPS * (4 * m * m * n + 2 * m**3) for m, n in shapes)
+
+
+def traffic_seconds(planned: PlannedModel, settings: TrainSettings, *, machine: Machine, sharing: Sharing) -> float:
+    """Of a step's traffic between the devices of a machine whose link is known."""
+    assert machine.link is not None, f"{machine.written}: no link is known"
+    return traffic_bytes(planned, settings, sharing=sharing) / (LINK_SHARE * machine.link)
 
 
 def traffic_bytes(planned: PlannedModel, settings: TrainSettings, *, sharing: Sharing) -> float:

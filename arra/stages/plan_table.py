@@ -14,7 +14,7 @@ from arra.config import Recipe
 from arra.data.store import Store
 from arra.stages.plan import MachinePlan, plan
 from arra.stages.plan_machines import Machine
-from arra.stages.plan_report import UNKNOWN, gib, number
+from arra.stages.plan_report import UNKNOWN, gib, in_short, number, span
 from arra.stages.planned_model import PlannedModel, planned_model
 from arra.stages.tables import Scale, read_table
 from arra.train.memory import local_elements
@@ -28,6 +28,8 @@ class RowPlan:
     recipe: Recipe
     parameters: int
     found: MachinePlan
+    advice: str | None
+    """What to change, in a line; None where nothing."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def plan_table(
         planned = replace(planned, made=like.made, looked=like.looked)
         found = plan(row.recipe, machines=[machine], store=store, planned=planned)
         count = sum(local_elements(held.shape, 1) for held in found.planned.parts.all)
-        rows.append(RowPlan(row.name, row.recipe, count, found.machines[0]))
+        rows.append(RowPlan(row.name, row.recipe, count, found.machines[0], in_short(found)))
     return TablePlan(f"{table.section.title}: {table.section.about}", machine, tuple(rows), seeds)
 
 
@@ -93,26 +95,38 @@ def _kind(recipe: Recipe, planned: PlannedModel) -> Hashable:
 def table_report(found: TablePlan) -> Group:
     """The rows for a console, and what all of them take together."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for place, heading in enumerate(("row", "weights", "GiB each", "fits", "s a step", "steps", "hours", "on all")):
+    for place, heading in enumerate(("row", "weights", "GiB", "fits", "s/step", "steps", "time", "of devices")):
         table.add_column(heading, justify="left" if place == 0 else "right", no_wrap=True, overflow="fold")
     for row in found.rows:
         each = row.found
         hours, step = each.hours, None if each.time is None else each.time.seconds
         table.add_row(
             row.name,
-            f"{row.parameters / 1e6:,.0f}M",
+            f"{number(row.parameters / 1e6)}M",
             gib(each.needed),
             "yes" if each.fits else "no",
             UNKNOWN if step is None else number(step),
             UNKNOWN if each.steps is None else f"{each.steps:,}",
-            UNKNOWN if hours is None else number(hours),
-            UNKNOWN if hours is None else number(hours * each.machine.count),
+            UNKNOWN if hours is None else span(hours),
+            UNKNOWN if hours is None else span(hours * each.machine.count),
         )
     total = found.device_hours
     seeds = f"{found.seeds} seed{'s' if found.seeds > 1 else ''}"
     sum_line = (
         f"{len(found.rows)} rows, {seeds}: "
-        + ("hours are not known" if total is None else f"{number(total)} device hours")
-        + " of training, where no row is trained for another table as well"
+        + ("the time is not known" if total is None else f"{span(total)} of devices")
+        + " in training, where no row is trained for another table too"
     )
-    return Group(Text(found.title), table, Text(sum_line))
+    return Group(Text(found.title), table, Text("\n".join([sum_line, *_advice(found)])))
+
+
+def _advice(found: TablePlan) -> list[str]:
+    """What to change, a line for all rows of which it is the same."""
+    told: dict[str, list[str]] = {}
+    for row in found.rows:
+        if row.advice is not None:
+            told.setdefault(row.advice, []).append(row.name)
+    return [
+        f"{'every row' if len(names) == len(found.rows) > 1 else ', '.join(names)}: {advice}"
+        for advice, names in told.items()
+    ]

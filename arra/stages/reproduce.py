@@ -95,7 +95,7 @@ def parse_options(
         raise ArraError(f"--scale {scale}: expected {' or '.join(get_args(Scale))}")
     measuring = parse_set_options(weights=weights, inception=None, without=tuple(without), reference=reference)
     if scale != "full" and measuring != SetOptions():
-        raise ArraError("--weights, --without, --reference: of the protocols that --scale full measures; leave them out")
+        raise ArraError("--weights, --without, --reference: of the protocols of --scale full; leave them out")
     return ReproduceOptions(
         tables=tuple(name.removesuffix("/") for name in tables),
         rows=None if rows is None else _names_in(rows),
@@ -349,8 +349,9 @@ def _budgeted(
         raise ArraError(
             f"train.steps: {recipe.train.steps} steps without alignment do not pay for one with it; raise it"
         )
+    teachers = teacher_flops(recipe, store, known=costs.teachers)
     train = recipe.train.model_copy(update={"steps": steps})
-    return recipe.model_copy(update={"train": train}), phases[0].flops, teacher_flops(recipe, store, known=costs.teachers)
+    return recipe.model_copy(update={"train": train}), phases[0].flops, teachers
 
 
 def _key(recipe: Recipe, start: str | None) -> str:
@@ -364,7 +365,8 @@ def _key(recipe: Recipe, start: str | None) -> str:
 def _run_name(row: str, key: str, out: Path) -> str:
     """The name that runs of this key have already, whatever row they were first trained for; else a new one."""
     known = sorted(path.stem for path in (out / RECIPES).glob(f"*-{key}.yaml"))
-    return known[0] if known else f"{re.sub(r'[^\w.-]', '-', row)}-{key}"  # a row's name may not lead elsewhere
+    safe = re.sub(r"[^\w.-]", "-", row)  # a row's name may not lead to another folder
+    return known[0] if known else f"{safe}-{key}"
 
 
 # Runs

@@ -18,7 +18,8 @@ from rich.text import Text
 from arra.config import dump_recipe
 from arra.errors import ArraError
 from arra.evaluate.card import Evaluation
-from arra.evaluate.lab import Resampled
+from arra.evaluate.lab import VALIDATION, Resampled
+from arra.evaluate.spread import SeedSpread
 from arra.evaluate.verdicts import Reached, RowResult, TableResult, table_rows
 from arra.report.grids import GridColumn
 from arra.report.table_view import tally_line
@@ -31,7 +32,7 @@ from arra.stages.origin import noted
 from arra.stages.painters import load_run
 from arra.stages.report import grid_references, grid_samples, painted_pictures
 from arra.stages.tables import PaperTable
-from arra.stages.tasks import Failure, Task, finished
+from arra.stages.tasks import Failure, Task, finished, words_of
 
 if TYPE_CHECKING:
     from arra.stages.reproduce import ReproduceOptions, Variant
@@ -83,24 +84,22 @@ def collect(
     Raises:
         ArraError: no run is.
     """
-    by_row = {place: one for one in variants for place in one.rows}
-    done = {one.name: list(_done_of(one, [task for task in tasks if task.row == one.name])) for one in variants}
-    if not any(done.values()):
-        raise ArraError(
-            f"no run could be trained and evaluated: {failures[0].why if failures else 'none was asked for'}"
-        )
+    placed = _placed(tables, variants, tasks, options)
+    done = [one.runs for one in placed.values() if one.runs]
+    if not done:
+        raise ArraError(f"no run is trained and evaluated: {failures[0].why if failures else 'none was asked for'}")
     resampled = Resampled(num_resamples=variants[0].recipe.evaluate.num_resamples)
-    results = [_table_result(table, by_row, done, options, resampled) for table in tables]
-    first = next(runs[0] for runs in done.values() if runs)
+    spreads = _spreads(placed)
+    results = [_table_result(table, placed, options, resampled, spreads) for table in tables]
+    first = done[0][0]
     manifest = Run(first.task.folder).manifest()
-    names = [(table.name, row.name) for table in tables for row in table.rows if row.recipe is not None]
     page = TablesPage(
         command=_command_of(options),
         versions={key: str(manifest.get(key)) for key in ("arra", "git_commit", "torch", "python", "platform")},
         tables=tuple(results),
         seeds=tuple(dict.fromkeys(task.seed for task in tasks)),
-        runs=tuple(run for place in names for run in _page_runs(place, by_row[place], done)),
-        pictures=tuple(_pictures(tables, by_row, done)) if options.scale == "embedded" else (),
+        runs=tuple(run for place, one in placed.items() for run in _page_runs(place, one)),
+        pictures=tuple(_pictures(tables, placed)) if options.scale == "embedded" else (),
         failures=tuple(failure_lines(failures)),
         protocol={
             key: value
@@ -112,8 +111,8 @@ def collect(
     )
     folders = {
         f"{table}: {row}, seed {run.task.seed}": str(run.task.folder)
-        for table, row in names
-        for run in done[by_row[table, row].name]
+        for (table, row), one in placed.items()
+        for run in one.runs
     }
     return Reproduced(page, folders, tuple(failures))
 
@@ -128,27 +127,65 @@ _SCALE_NOTES = {
 }
 
 
-def _done_of(variant: "Variant", tasks: Sequence[Task]) -> Iterator[Done]:
-    """The variant's runs that are trained and evaluated."""
+@dataclass(frozen=True)
+class Placed:
+    """A row of a table: what it trains, and its runs that are trained and evaluated as its table asks."""
+
+    variant: "Variant"
+    runs: tuple[Done, ...]
+
+
+def _placed(
+    tables: Sequence[PaperTable], variants: Sequence["Variant"], tasks: Sequence[Task], options: "ReproduceOptions"
+) -> dict[tuple[str, str], Placed]:
+    """By table and row, all that are trained here."""
+    by_row = {place: one for one in variants for place in one.rows}
+    seen: dict[tuple[str, str | None], tuple[Done, ...]] = {}
+    placed: dict[tuple[str, str], Placed] = {}
+    for table in tables:
+        for row in table.rows:
+            if row.recipe is None:
+                continue
+            variant = by_row[table.name, row.name]
+            protocol = table.protocol_of(row) if options.scale == "full" else None
+            if (variant.name, protocol) not in seen:
+                own = [task for task in tasks if task.row == variant.name]
+                seen[variant.name, protocol] = tuple(_done_of(own, protocol))
+            placed[table.name, row.name] = Placed(variant, seen[variant.name, protocol])
+    return placed
+
+
+def _done_of(tasks: Sequence[Task], protocol: str | None) -> Iterator[Done]:
+    """The runs that are trained and evaluated."""
     from arra.stages.reproduce import card_folder
 
     for task in tasks:
-        folder = card_folder(task, variant.protocol)
         if not finished(task):
             continue
         try:
-            evaluation = Evaluation.load(folder)
+            evaluation = Evaluation.load(card_folder(task, protocol))
         except ArraError:  # not evaluated, or damaged: it is told as missing, and the next call evaluates it
             continue
         yield Done(task, evaluation, tuple(Run(task.folder).read_metrics()))
 
 
+def _spreads(placed: Mapping[tuple[str, str], Placed]) -> dict[str | None, SeedSpread]:
+    """The spread over seeds, by what trainings start from; the cards tell rows of other data apart."""
+    found: dict[str | None, SeedSpread] = {}
+    for one in {each.variant.name: each for each in placed.values()}.values():
+        found.setdefault(one.variant.recipe.model.weights, SeedSpread()).add(
+            {run.task.seed: run.evaluation for run in one.runs},
+            others={VALIDATION: {run.task.seed: run.validation for run in one.runs if run.validation is not None}},
+        )
+    return found
+
+
 def _table_result(
     table: PaperTable,
-    by_row: Mapping[tuple[str, str], "Variant"],
-    done: Mapping[str, Sequence[Done]],
+    placed: Mapping[tuple[str, str], Placed],
     options: "ReproduceOptions",
     resampled: Resampled,
+    spreads: Mapping[str | None, SeedSpread],
 ) -> TableResult:
     reached: dict[str, Reached] = {}
     related = False
@@ -156,14 +193,14 @@ def _table_result(
         if row.recipe is None:
             reached[row.name] = Reached(facts=row.facts)
             continue
-        variant = by_row[table.name, row.name]
-        runs = done[variant.name]
+        variant, runs = placed[table.name, row.name].variant, placed[table.name, row.name].runs
         related |= any(bool(run.evaluation.card.protocol.get(SAME_FAMILY)) for run in runs)
         times = [run.seconds for run in runs if run.seconds is not None]
         reached[row.name] = Reached(
             facts=row.facts,
             evaluations={run.task.seed: run.evaluation for run in runs},
             validation={run.task.seed: run.validation for run in runs if run.validation is not None},
+            spread=spreads[variant.recipe.model.weights],
             not_comparable=dict.fromkeys(row.facts.expect, "settings changed by --set") if options.overrides else {},
             steps=variant.recipe.train.steps,
             train_seconds=sum(times) / len(times) if times else None,
@@ -179,7 +216,11 @@ def _table_result(
         columns=section.columns,
         notes=section.notes,
         rows=table_rows(
-            reached, columns=section.columns, scale=options.scale, judge_is_related=related, resampled=resampled
+            reached,
+            columns=section.columns,
+            scale=options.scale,
+            judge_is_related=related,
+            resampled=resampled,
         ),
     )
 
@@ -191,32 +232,29 @@ def _teacher_seconds(variant: "Variant", times: Sequence[float]) -> float | None
     return variant.teacher_flops / (variant.step_flops * variant.recipe.train.steps) * sum(times) / len(times)
 
 
-def _page_runs(place: tuple[str, str], variant: "Variant", done: Mapping[str, Sequence[Done]]) -> Iterator[TableRun]:
-    runs = done[variant.name]
-    times = [run.seconds for run in runs if run.seconds is not None]
-    for run in runs:
+def _page_runs(place: tuple[str, str], placed: Placed) -> Iterator[TableRun]:
+    times = [run.seconds for run in placed.runs if run.seconds is not None]
+    for run in placed.runs:
         yield TableRun(
             table=place[0],
             row=place[1],
             seed=run.task.seed,
             metrics=run.metrics,
-            teacher_seconds=_teacher_seconds(variant, times),
-            recipe=dump_recipe(variant.recipe),
+            teacher_seconds=_teacher_seconds(placed.variant, times),
+            recipe=dump_recipe(placed.variant.recipe),
         )
 
 
-def _pictures(
-    tables: Sequence[PaperTable], by_row: Mapping[tuple[str, str], "Variant"], done: Mapping[str, Sequence[Done]]
-) -> Iterator[TablePictures]:
+def _pictures(tables: Sequence[PaperTable], placed: Mapping[tuple[str, str], Placed]) -> Iterator[TablePictures]:
     """Of every table and store, the first seed's pictures of the same prompts."""
     for table in tables:
         columns: dict[Path, list[GridColumn]] = {}
         prompts: dict[Path, tuple[str, ...]] = {}
         for row in table.rows:
-            if row.recipe is None or not done[by_row[table.name, row.name].name]:
+            one = placed.get((table.name, row.name))
+            if one is None or not one.runs:
                 continue
-            variant = by_row[table.name, row.name]
-            folder = done[variant.name][0].task.folder
+            variant, folder = one.variant, one.runs[0].task.folder
             if not (folder / PICTURES_FILE).is_file():
                 continue
             loaded, painted = load_run(folder), painted_pictures(folder)
@@ -305,4 +343,4 @@ def _command_of(options: "ReproduceOptions") -> str:
     parts += [] if options.rows is None else ["--rows", ",".join(options.rows)]
     parts += [] if options.equal_compute is None else ["--equal-compute" if options.equal_compute else "--own-steps"]
     parts += [part for text in options.overrides for part in ("--set", text)]
-    return shlex.join(parts)
+    return shlex.join([*parts, *words_of(options.measuring)])

@@ -110,7 +110,7 @@ def num_parallel() -> int:
 
 
 def finished(task: Task) -> bool:
-    """Whether a run reached its last step under the task's recipe; of a damaged one its training tells what is wrong."""
+    """Whether a run reached its last step under the task's recipe; what is wrong with a damaged one, training tells."""
     run = Run(task.folder)
     if not run.recipe_path.is_file():
         return False
@@ -175,11 +175,11 @@ def evaluate_tasks(
     if places.is_here:
         return _run_here(tasks, lambda task: _evaluate_here(task, sets(task)), display, "evaluating", keep_going)
     alone = replace(places, ranks=1)
-    commands = [(task, [EVALUATE, str(task.folder), "--threads", "1", *_words(sets(task))]) for task in tasks]
+    commands = [(task, [EVALUATE, str(task.folder), "--threads", "1", *words_of(sets(task))]) for task in tasks]
     return run_processes(commands, display, "evaluating", places=alone, keep_going=keep_going)
 
 
-def _words(options: SetOptions | None) -> list[str]:
+def words_of(options: SetOptions | None) -> list[str]:
     """The options as `arra evaluate` takes them."""
     if options is None:
         return []

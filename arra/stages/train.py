@@ -44,6 +44,7 @@ from arra.stages.origin import columns_of, note_store
 from arra.stages.pictures import require_columns, tokenizer_if_given
 from arra.stages.process import Progress, locked, silent
 from arra.stages.quality import open_quality
+from arra.stages.tables import START
 from arra.stages.tokenizer import tokenizer_folder
 from arra.stages.training_data import TrainingData, epoch_length, training_data
 from arra.stages.watch import open_watcher

@@ -166,8 +166,8 @@ class Trainer:
         # what models draw by themselves (attention's dropout); all else follows from the rows' own numbers
         purpose = "dropout" if self.ranks.is_first else f"dropout-{self.ranks.rank}"
         torch.manual_seed(mix(s.seed, purpose, position))
+        self.forget_gradients()
         for optimizer in self.optimizers:
-            optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, s)
         passed = self.passes.gradients(batch, step=self.step)
@@ -221,6 +221,11 @@ class Trainer:
         named = dict(zip(losses.aligned, aligned, strict=True))
         return Totals(total, ntp, z, named, grad_norm, stop > 0, failed > 0), pairs
 
+    def forget_gradients(self) -> None:
+        """Nothing; until the next step their memory is there for something else."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
     def balance(self, squares: Mapping[str, Sequence[float]]) -> None:
         """Nothing; what a step's gradients say of the balances is taken in."""
         for name, balance in self.balances().items():
@@ -257,8 +262,7 @@ class Trainer:
             ids=self.name_records,
             states=self.passes.states(batch),
         )
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+        self.forget_gradients()
         saved = self.checkpoints.newest()
         if action == "stop":
             raise stop_error(
@@ -323,6 +327,7 @@ class Trainer:
     def validate(self) -> float:
         """The validation loss of the averaged weights, if there are any, in nats per code; it is logged."""
         self.heartbeat.beat(self.step, "validate")
+        self.forget_gradients()
         row = {"kind": "validation", "step": self.step, "seconds": round(self.seconds, 3)}
         with self.averaged(), self.engine.looking():
             row["ntp_loss"] = score = validation_loss(self.model, self.validation, ranks=self.ranks)
@@ -334,6 +339,7 @@ class Trainer:
     def look(self, doing: Doing, at: Callable[[], T]) -> T | None:
         """What `at` finds with the averaged weights; None on ranks that are not needed for it."""
         self.heartbeat.beat(self.step, doing)
+        self.forget_gradients()
         found = None
         if self.engine.is_sharded or self.ranks.is_first:
             with self.averaged(), self.engine.looking(whole=True):

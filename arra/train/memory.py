@@ -80,6 +80,11 @@ class Sharing:
         return self.kind in SHARDED
 
     @property
+    def in_buckets(self) -> bool:
+        """Whether gradients lie in ddp's buckets, which stay."""
+        return self.ranks > 1 and not self.is_sharded
+
+    @property
     def shards(self) -> int:
         """Ranks R that share one set of weights."""
         return self.ranks // self.replicas if self.is_sharded else 1
@@ -119,6 +124,8 @@ class Memory:
     apart: int = 0
     """What of the parts is never there at the same moment as the rest."""
     reserve: int = RESERVE_BYTES
+    let_go: int = 0
+    """Of the gradients, while the run looks at itself: all but those in ddp's buckets."""
     host: int = 0
     """In the machine's own memory, for each rank: what is offloaded, and the copy of a checkpoint that is written in
     the background."""
@@ -348,7 +355,8 @@ def training_memory(
         update=muon_bytes(parts),
         looking=looking,
         reserve=RESERVE_BYTES,
-        host=state.state - state.gradients - state.projector // 4 if settings.checkpoint_in_background else 0,
+        let_go=0 if sharing.in_buckets else state.gradients + state.projector // WIDE,
+        host=state.state - state.gradients - state.projector // WIDE if settings.checkpoint_in_background else 0,
     )
     grows = parts_of_batch == 1 and sharing.ranks == 1
     worst = _worst(found, passes, head, aligned=aligned, grows=grows)
@@ -358,7 +366,7 @@ def training_memory(
         found = replace(found, averages=0, host=found.host + found.averages + landing)
     if settings.parallel.offload and sharing.is_sharded:
         away = found.state - found.projector
-        found = replace(found, weights=0, gradients=0, optimizer=0, averages=0, host=found.host + away)
+        found = replace(found, weights=0, gradients=0, optimizer=0, averages=0, let_go=0, host=found.host + away)
     return found
 
 
@@ -366,10 +374,10 @@ def _worst(found: Memory, passes: PassBytes, head: HeadBytes, *, aligned: int, g
     """Bytes at the worst moment of a step.
 
     `grows`: gradients come in the backward pass and are let go before the next one; else (micro-batches are summed,
-    buckets or shards of several ranks) they are there all the time.
+    buckets or shards of several ranks) they are there in both passes.
     """
     stays = found.state - found.gradients + found.gathered
-    before, projector = (0 if grows else found.gradients), found.projector // 4  # of which a quarter are gradients
+    before, projector = (0 if grows else found.gradients), found.projector // WIDE  # of which a quarter are gradients
     stays -= projector if grows else 0
     forward = max(passes.forward, passes.kept + head.total, passes.kept + head.kept + aligned)
     if grows:
@@ -381,7 +389,8 @@ def _worst(found: Memory, passes: PassBytes, head: HeadBytes, *, aligned: int, g
         )
     else:
         backward = head.kept + max(passes.backward, passes.kept + aligned)
-    after = found.gradients + projector + max(found.update, found.looking)
+    held = found.gradients + (projector if grows else 0)
+    after = max(held + found.update, held - found.let_go + found.looking)
     return stays + max(before + forward, before + backward, after)
 
 

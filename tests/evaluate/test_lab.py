@@ -103,7 +103,7 @@ def test_p_is_where_the_interval_begins_to_hold_zero():
         assert row.difference is not None
         assert row.p is not None
         half = half_width(
-            level=1 - row.p, seed_error=row.difference.seed_error, num_seeds=3,
+            level=1 - row.p, seed_error=row.difference.seed_error, degrees=2,
             picture_error=row.difference.picture_error,
         )  # fmt: skip
         assert half == pytest.approx(abs(row.difference.value), rel=1e-3)

@@ -1,32 +1,46 @@
 """Tables of the paper, trained small: every row through all stages, nothing twice, what is held against what."""
 
+import errno
 import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+import arra.encoders
+import arra.stages.evaluate_set
+import arra.stages.prepare
 import arra.stages.reproduce
-from arra.config import Recipe, read_recipe_file, recipes_folder
+import arra.stages.squares
+import arra.stages.training_data
+import arra.tokenizers.image
+from arra.config import Recipe, built_in_recipes, load_recipe, read_recipe_file
+from arra.display import Display
 from arra.errors import ArraError
-from arra.evaluate.card import CARD_FILE
+from arra.evaluate.card import CARD_FILE, Card, Evaluation, measure_row, row_values
+from arra.evaluate.measured import Measured
 from arra.runs import Run
 from arra.stages.reproduce import ReproduceOptions, parse_options, run_reproduce
 from arra.stages.reproduce_results import Reproduced
+from arra.stages.set_options import SetOptions
 from arra.stages.tables import PaperTable, read_table, start_of
 from arra.stages.tasks import Places
+from arra.stages.train import given_weights
 
-TABLES = [path.stem for path in sorted(recipes_folder().glob("*.yaml")) if read_recipe_file(path).table is not None]
+TABLES = [path.stem for path in built_in_recipes() if read_recipe_file(path).table is not None]
 TINY = (
-    "data.encoder_image_size=32",
+    "encoder.teacher.image_size=32",
+    "encoder.judge.image_size=32",
     "model.hidden_size=32",
     "model.num_heads=2",
     "model.num_layers=6",
-    "align.components=8",
+    "align.components=null",  # principal axes of so many dimensions take half a second
     "caption_judge.steps=1",
     "caption_judge.batch_size=8",
     "train.steps=2",
@@ -41,18 +55,22 @@ TINY = (
     "evaluate.grid_prompts=1",
     "evaluate.grid_seeds=1",
 )
-NUM_IMAGES = 60
+FEW_DIMENSIONS = (*TINY, "align.components=8")
+"""As much for an aligned step as for one without, more or less, so that steps are left to a row of equal compute."""
+NUM_IMAGES = 40
 
 
 def small(recipe: Recipe | None) -> Recipe | None:
-    """The recipe on few of its pictures."""
+    """The recipe on few and smaller ones of its pictures."""
     if recipe is None:
         return None
     asked: dict[str, Any] = {"kind": "openmoji"} if recipe.data.sources is None else recipe.data.sources[0].model_dump()
     told = recipe.model_dump()
     told["data"]["sources"] = [asked | {"num_images": NUM_IMAGES}]
+    told["data"]["image_size"] //= 2
+    told["evaluate"]["splits"] = ["train"]  # the others have too few
     if recipe.model.condition == "text":
-        told["model"]["prefix_length"] = 40  # a text tokenizer of so few captions knows few words
+        told["model"]["prefix_length"] = 56  # a text tokenizer of so few captions knows few words
     told["data"]["max_train_records"] = None if recipe.data.max_train_records is None else 20
     return Recipe.model_validate(told)
 
@@ -68,6 +86,10 @@ def of_few_pictures(name: str, **options: Any) -> PaperTable:
 def begin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Reproduced]:
     """Runs the command on few pictures in this process; `equal` also counts operations."""
     monkeypatch.setattr(arra.stages.reproduce, "read_table", of_few_pictures)
+    for module, name in ((arra.tokenizers.image, "_load_folder"), (arra.encoders, "load_efficientnet_lite")):
+        monkeypatch.setattr(module, name, lru_cache(maxsize=None)(getattr(module, name)))  # frozen, and read by all
+    for module in (arra.stages.prepare, arra.stages.squares, arra.stages.training_data):
+        monkeypatch.setattr(module, "default_workers", lambda: 0)  # forks take longer than so few pictures
 
     def run(*tables: str, out: Path, equal: bool = False, console: Console | None = None, **options: Any) -> Reproduced:
         options = {"seeds": 1, "overrides": TINY, **options}
@@ -105,17 +127,18 @@ def test_every_row_of_every_table_goes_through_all_stages(
         assert all(table.title in (tmp_path / name).read_text() for table in done.page.tables if name != "tables.tex")
     told = json.loads((tmp_path / "results.json").read_text())
     assert [table["recipe"] for table in told["tables"]] == tables
-    assert {Path(folder).parent.name for folder in told["runs"].values()} == {
-        path.stem for path in (tmp_path / "recipes").iterdir() if not path.name.startswith("general")
-    }
+    named = {Path(folder).parent.name for folder in told["runs"].values()}
+    others = {path.stem for path in (tmp_path / "recipes").iterdir()} - named
+    assert all(name.startswith("general-") for name in others)  # which other rows start from
 
 
 def test_rows_of_several_tables_are_trained_once_and_nothing_is_done_twice(
     begin: Callable[..., Reproduced], tmp_path: Path
 ):
-    first = begin("appendix2", out=tmp_path, equal=True)
+    asked: dict[str, Any] = {"out": tmp_path, "equal": True, "overrides": FEW_DIMENSIONS}
+    first = begin("appendix2", **asked)
     before = times(tmp_path)
-    both = begin("appendix2", "appendix4", out=tmp_path, equal=True)
+    both = begin("appendix2", "appendix4", **asked)
     after = times(tmp_path)
     assert after.items() >= before.items()
     runs = {row.split(",")[0]: folder for row, folder in both.runs.items()}
@@ -125,22 +148,33 @@ def test_rows_of_several_tables_are_trained_once_and_nothing_is_done_twice(
 
 
 def test_rows_get_the_compute_of_their_recipe_without_alignment(begin: Callable[..., Reproduced], tmp_path: Path):
-    steps = (*TINY, "train.steps=60", "train.validate_every_steps=60", "train.checkpoint_every_steps=60")
+    steps = (*FEW_DIMENSIONS, "train.steps=12", "train.validate_every_steps=12", "train.checkpoint_every_steps=12")
     done = begin("table1", out=tmp_path, equal=True, rows=("arra-hybnext",), overrides=steps)
     taken = {row.name: row.steps for row in done.page.tables[0].rows}
-    assert taken["arra-none"] == 60
-    assert 30 < taken["arra-hybnext"] < 60
+    aligned = taken["arra-hybnext"]
+    assert taken["arra-none"] == 12
+    assert aligned is not None
+    assert 6 < aligned < 12
     assert set(taken) == {"arra-hybnext", "arra-rep", "arra-none"}  # with those it is held against
 
 
-def test_adaptation_starts_from_the_general_models_run(begin: Callable[..., Reproduced], tmp_path: Path):
-    done = begin("table1", out=tmp_path, rows=("adapt-none",))
+def test_adaptation_starts_from_the_general_models_run_wherever_the_command_runs(
+    begin: Callable[..., Reproduced], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    done = begin("table1", out=Path("out"), rows=("adapt-none",))
     (folder,) = done.runs.values()
     weights = Path(str(Run(Path(folder)).recipe_yaml()).split("weights: ")[-1].splitlines()[0])
-    assert weights.parent.parent == tmp_path / "runs"
+    assert weights.parent.parent == tmp_path / "out" / "runs"
     assert weights.parent.name.startswith("general-")
     assert (weights / "model.safetensors").is_file()
     assert not (weights / CARD_FILE).exists()  # nothing is asked of it
+    before = times(tmp_path / "out")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = begin("table1", out=Path("../out"), rows=("adapt-none",))
+    assert again.page.tables == done.page.tables
+    assert times(tmp_path / "out") == before
 
 
 def test_parts_of_a_job_array_make_the_whole(begin: Callable[..., Reproduced], tmp_path: Path):
@@ -150,6 +184,99 @@ def test_parts_of_a_job_array_make_the_whole(begin: Callable[..., Reproduced], t
     assert missing == ["not trained, or not evaluated", None]
     whole = begin("appendix2", out=tmp_path, shard=(0, 2))
     assert [row.missing for row in whole.page.tables[0].rows] == [None, None]
+
+
+MINE = """\
+base: embedded
+name: mine
+table:
+  title: Table 9
+  about: two protocols
+  protocol: mimic-cxr
+  columns: {fd: FID, fid: FID}
+rows:
+  general: {align: null, expect: {fd: 5}}
+  again: {align: null, protocol: deepeyenet, expect: {fid: 50}}
+  adapted: {model: {weights: "row:general"}, align: null, protocol: deepeyenet, against: again, expect: {fid: 40}}
+  theirs: {external: true, expect: {fd: 7}}
+"""
+
+
+def card_of(options: SetOptions) -> Evaluation:
+    """As a protocol's evaluation leaves it: one number."""
+    metric, space = ("fd", "xrv-densenet121") if options.protocol == "mimic-cxr" else ("fid", "inception")
+    found = Measured(value=5.0, per_picture=np.linspace(4, 6, 20))
+    row = measure_row(found, metric=metric, split="test", space=space, num_resamples=2)
+    card = Card(run="toy", protocol={"protocol": options.protocol}, results=(row,))
+    return Evaluation(card=card, values=row_values(row, found))
+
+
+def test_full_scale_trains_the_rows_as_they_stand_and_measures_each_by_its_protocol(
+    begin: Callable[..., Reproduced], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "mine.yaml").write_text(MINE)
+    opened, measured = [], []
+
+    def measures(folder: Path, options: SetOptions) -> None:
+        assert options.out is not None
+        measured.append((folder.parent.name, options.protocol, options.out.relative_to(folder), options.without))
+        card_of(options).save(options.out)
+
+    monkeypatch.setattr(arra.stages.reproduce, "open_networks", lambda plan, options, **_: opened.append(plan.spaces))
+    monkeypatch.setattr(arra.stages.evaluate_set, "evaluate_set", measures)
+    asked = {"scale": "full", "measuring": SetOptions(without=("ms_ssim", "rad-dino"))}
+    done = begin(str(tmp_path / "mine.yaml"), out=tmp_path / "out", **asked)
+    assert done.failures == ()
+    assert opened == [("xrv-densenet121", "inception", "biomedclip"), ("inception", "biomedclip", "dinov2-l14")]
+    general, again, adapted, theirs = done.page.tables[0].rows
+    assert [row.missing for row in (general, again, adapted)] == [None] * 3
+    assert theirs.external
+    runs = {row.split(",")[0].split(": ")[1]: Path(folder).parent.name for row, folder in done.runs.items()}
+    assert runs["general"] == runs["again"] != runs["adapted"]  # one recipe, two protocols
+    assert sorted(measured) == sorted(
+        [
+            (runs["general"], "mimic-cxr", Path("protocols/mimic-cxr"), ("ms_ssim", "rad-dino")),
+            (runs["general"], "deepeyenet", Path("protocols/deepeyenet"), ("ms_ssim",)),
+            (runs["adapted"], "deepeyenet", Path("protocols/deepeyenet"), ("ms_ssim",)),
+        ]
+    )
+    assert [cell.measure.metric for cell in general.cells][:1] == ["fd"]
+    assert [cell.measure.metric for cell in adapted.cells][:1] == ["fid"]
+    assert (
+        f"weights: {tmp_path / 'out' / 'runs' / runs['general']}/seed-0\n"
+        in (tmp_path / "out" / "recipes" / f"{runs['adapted']}.yaml").read_text()
+    )
+    measured.clear()
+    assert begin(str(tmp_path / "mine.yaml"), out=tmp_path / "out", **asked).page.tables == done.page.tables
+    assert measured == []
+
+
+def test_another_rows_run_is_no_weights_for_a_training_alone():
+    recipe = load_recipe("embedded", row="arra-adapt")
+    with pytest.raises(ArraError, match=r"^model\.weights: 'row:general' is the finished run of another row, .*; name"):
+        given_weights(recipe)
+
+
+def test_names_of_rows_lead_to_no_other_folder(tmp_path: Path):
+    told = MINE.replace("  general:", '  "../../x y":').replace("row:general", "row:../../x y")
+    (tmp_path / "mine.yaml").write_text(told)
+    table = read_table(str(tmp_path / "mine.yaml"), scale="full")
+    assert list(table.starts) == ["../../x y"]
+    name = arra.stages.reproduce._run_name("../../x y", "0123", tmp_path)
+    assert (tmp_path / "runs" / name).resolve().parent == tmp_path / "runs"
+    assert name == "..-..-x-y-0123"
+
+
+def test_what_goes_wrong_inside_is_not_the_folders_fault(tmp_path: Path):
+    display = Display(Console(file=io.StringIO()))
+    with pytest.raises(PermissionError), arra.stages.reproduce._alone(tmp_path, display):
+        raise PermissionError(errno.EACCES, "of a picture")
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ArraError, match="part of this path is a file"),
+        arra.stages.reproduce._alone(tmp_path / "file", display),
+    ):
+        pass
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(
@@ -171,6 +298,8 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     assert cosine.missing is None
     assert mse.missing
     assert "no luck" in (tmp_path / "tables.html").read_text()
+    monkeypatch.setattr(train, "train", real)
+    assert [row.missing for row in begin("appendix4", out=tmp_path).page.tables[0].rows] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +316,11 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
         ({"devices": "0,1,2", "ranks": 2}, "--devices 0,1,2: expected a multiple of --ranks (2)"),
         ({"processes": 0, "ranks": 2}, "--ranks 2: expected 1 or more, each in a process of its own"),
         ({"overrides": ["train.step=3"]}, "train.step"),
+        ({"tables": ["appendix2", "recipes/appendix2.yaml"]}, "recipes/appendix2.yaml: named twice"),
+        ({"reference": "real"}, "--weights, --without, --reference: of the protocols of --scale full"),
+        ({"scale": "full", "without": ["nonsense"]}, "--without nonsense: nothing of mimic-cxr"),
+        ({"scale": "full", "weights": ["clip-l14=x"]}, "--weights clip-l14: nothing of mimic-cxr"),
+        ({"scale": "full", "tables": ["table4_imagenet"]}, "imagenet-256: compares with VIRTUAL_imagenet256_labeled"),
     ],
 )
 def test_what_a_user_can_mend(changes: dict[str, Any], told: str, tmp_path: Path):

@@ -8,11 +8,24 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.main import get_command
 
 import arra.stages.tasks
+from arra.cli import app
+from arra.config import find_recipe
 from arra.display import Display
 from arra.errors import ArraError
-from arra.stages.tasks import Failure, Places, Task, check, run_processes
+from arra.stages.set_options import SetOptions, parse_set_options
+from arra.stages.tasks import (
+    Failure,
+    Places,
+    Task,
+    check,
+    evaluate_tasks,
+    finished,
+    run_processes,
+    train_tasks,
+)
 
 
 def task(name: str, folder: Path) -> Task:
@@ -104,3 +117,45 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: 
     with pytest.raises(ArraError, match=r"^no space$"):
         run_processes(commands, display, "evaluating", places=Places(1))
     assert begun[3:] == [".a.log"]
+
+
+def test_processes_are_asked_what_the_commands_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    begun: list[tuple[list[tuple[Task, list[str]]], Places]] = []
+
+    def note(commands: list[tuple[Task, list[str]]], *_: object, places: Places, **__: object) -> list[Failure]:
+        begun.append((commands, places))
+        return []
+
+    monkeypatch.setattr(arra.stages.tasks, "run_processes", note)
+    one = Task("arra", 0, tmp_path / "run", ("train.seed=0", "model.seed=0"), "one", find_recipe("embedded"))
+    asked = SetOptions(
+        protocol="mimic-cxr",
+        out=tmp_path / "card",
+        reference="real",
+        without=("rad-dino", "copied"),
+        weights={"inception": "a.pth", "biomedclip": "b"},
+    )
+    display, places = Display(Console(file=io.StringIO())), Places(devices=("0", "1"), ranks=2)
+    train_tasks([one], tmp_path / "store", display, places=places)
+    evaluate_tasks([one], display, places=places)
+    evaluate_tasks([one], display, places=places, sets=lambda task: asked)
+    told = []
+    for commands, at in begun:
+        ((_, words),) = commands
+        context = get_command(app).commands[words[0]].make_context(words[0], words[1:])  # type: ignore[attr-defined]
+        told.append((context.params, at.ranks))
+    (train, train_ranks), (plain, plain_ranks), (of_set, _) = told
+    assert (train_ranks, plain_ranks) == (2, 1)
+    assert (train["row"], train["out"], train["overrides"]) == ("arra", tmp_path / "run", list(one.overrides))
+    assert (plain["subjects"], plain["threads"], plain["protocol"], plain["out"]) == ([tmp_path / "run"], 1, None, None)
+    given = {name: of_set[name] for name in ("weights", "inception", "reference", "protocol", "out")}
+    assert parse_set_options(**given, without=tuple(of_set["without"])) == asked
+
+
+def test_a_damaged_run_is_not_finished_and_its_training_tells_why(tmp_path: Path):
+    one = Task("arra", 0, tmp_path / "run", (), "one", find_recipe("embedded"))
+    assert not finished(one)
+    one.folder.mkdir()
+    for damage in (b"name: [", b"\xff\xfe", b"", b"name: x\n"):
+        (one.folder / "recipe.yaml").write_bytes(damage)
+        assert not finished(one)
