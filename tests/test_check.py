@@ -275,7 +275,7 @@ def test_a_recipe_names_its_own_data(clean: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "options", "line"),
     [
-        ("nowhere", {}, "nowhere: no such file or folder, and no built-in recipe; those are alignment_lab, alignment_study"),
+        ("nowhere", {}, "nowhere: no such file or folder, and no built-in recipe; those are alignment_lab, "),
         ("{clean}", {"kind": "folders"}, "--kind folders: expected one of openmoji, auto, folder"),
         ("{clean}", {"kind": "parquet"}, "parquet"),
         ("{clean}", {"tokenizer": "nothing"}, "tokenizer 'nothing': neither a folder nor a known name"),

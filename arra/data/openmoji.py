@@ -140,9 +140,7 @@ class OpenMojiSource(Source):
         splits: dict[str, list[str]] = defaultdict(list)
         for row in rows:
             splits[row["split"]].append(row["id"])
-        return {
-            one for ids in splits.values() for one in sorted(ids, key=name_hash)[: max(4, round(share * len(ids)))]
-        }
+        return {one for ids in splits.values() for one in sorted(ids, key=name_hash)[: max(4, round(share * len(ids)))]}
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ from arra.stages.plan import plan
 from arra.stages.plan_machines import Machine, parse_machine
 from arra.stages.plan_report import report
 from arra.stages.plan_table import plan_table, table_report
+from arra.stages.planned_model import KnownPasses
 from arra.stages.tables import Scale
 
 
@@ -71,6 +72,7 @@ def _of_table(request: PlanRequest, machines: Sequence[Machine], store: Store | 
     if request.scale not in (None, "full", "embedded"):
         raise ArraError(f"--scale {request.scale}: expected full or embedded")
     scale: Scale = "embedded" if request.scale == "embedded" else "full"
+    known: KnownPasses = {}
     tables = [
         plan_table(
             request.recipe,
@@ -80,6 +82,7 @@ def _of_table(request: PlanRequest, machines: Sequence[Machine], store: Store | 
             overrides=request.overrides,
             stand_in=request.stand_in,
             store=store,
+            known=known,
         )
         for machine in machines
     ]

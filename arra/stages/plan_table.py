@@ -3,8 +3,8 @@
 read_table --> a plan for each row (rows of one model are traced once) --> one line each, and the sum of all
 """
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.console import Group
 from rich.table import Table
@@ -15,7 +15,7 @@ from arra.data.store import Store
 from arra.stages.plan import MachinePlan, plan
 from arra.stages.plan_machines import Machine
 from arra.stages.plan_report import UNKNOWN, gib, in_short, number, span
-from arra.stages.planned_model import PlannedModel, planned_model
+from arra.stages.planned_model import KnownPasses, planned_model, with_known_passes
 from arra.stages.tables import Scale, read_table
 from arra.train.memory import local_elements
 
@@ -64,32 +64,24 @@ def plan_table(
     overrides: Sequence[str] = (),
     stand_in: str | None = None,
     store: Store | None = None,
+    known: KnownPasses | None = None,
 ) -> TablePlan:
-    """What the rows of a table take on a machine.
+    """What the rows of a table take on a machine; `known` are passes that were made for other machines or tables.
 
     Raises:
         ArraError: the recipe has no table, or a row cannot be planned.
     """
     table = read_table(name, scale=scale, overrides=overrides)
-    rows, traced = [], dict[Hashable, PlannedModel]()
+    rows, known = [], {} if known is None else known
     for row in table.rows:
         if row.recipe is None:
             continue
         decoder = row.recipe.model.llm is None
-        planned = planned_model(row.recipe, None if decoder else stand_in)
-        like = traced.setdefault(_kind(row.recipe, planned), planned)
-        planned = replace(planned, made=like.made, looked=like.looked)
+        planned = with_known_passes(planned_model(row.recipe, None if decoder else stand_in), row.recipe, known=known)
         found = plan(row.recipe, machines=[machine], store=store, planned=planned)
         count = sum(local_elements(held.shape, 1) for held in found.planned.parts.all)
         rows.append(RowPlan(row.name, row.recipe, count, found.machines[0], in_short(found)))
     return TablePlan(f"{table.section.title}: {table.section.about}", machine, tuple(rows), seeds)
-
-
-def _kind(recipe: Recipe, planned: PlannedModel) -> Hashable:
-    """The same for rows whose models make the same passes, whatever they start from."""
-    shapes = tuple((name, tuple(p.shape), p.requires_grad) for name, p in planned.model.named_parameters())
-    own = recipe.model.model_dump(exclude={"weights": True, "seed": True, "llm": {"folder"}})
-    return shapes, planned.length, planned.grid, repr(own)
 
 
 def table_report(found: TablePlan) -> Group:

@@ -4,7 +4,7 @@ No store is read; where the recipe's language model is not there yet, published 
 Letters: B rows of a micro-batch, S positions of a row.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,6 +103,18 @@ class PlannedModel:
             four_bit=self.four_bit,
             device_type=device_type,
         )
+
+
+KnownPasses = MutableMapping[Hashable, PlannedModel]
+"""Models whose passes were made, by what these follow from."""
+
+
+def with_known_passes(planned: PlannedModel, recipe: Recipe, *, known: KnownPasses) -> PlannedModel:
+    """The recipe's model with the passes of one in `known` that makes the same; if none does, it is noted there."""
+    shapes = tuple((name, tuple(p.shape), p.requires_grad) for name, p in planned.model.named_parameters())
+    own = recipe.model.model_dump(exclude={"weights": True, "seed": True, "llm": {"folder"}})  # whatever they start from
+    like = known.setdefault((shapes, planned.length, planned.grid, repr(own)), planned)
+    return replace(planned, made=like.made, looked=like.looked)
 
 
 def planned_model(recipe: Recipe, stand_in: str | None = None) -> PlannedModel:

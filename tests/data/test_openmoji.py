@@ -338,3 +338,13 @@ def test_a_cache_that_cannot_be_written(
     monkeypatch.setenv("ARRA_CACHE", str(tmp_path / "file"))
     with pytest.raises(ArraError, match=r"is a file, expected a folder|part of this path is a file"):
         list(OpenMojiSource().scan())
+
+
+def test_a_smaller_set_is_part_of_a_larger_one_and_keeps_its_splits():
+    taken = {n: {r.id: r.split for r in OpenMojiSource(num_images=n).scan()} for n in (60, 200, None)}
+    assert 56 <= len(taken[60]) <= 64
+    assert taken[60].items() <= taken[200].items() <= taken[None].items()
+    for n in (60, 200):
+        shares = {name: Counter(taken[n].values())[name] / len(taken[n]) for name in Counter(taken[None].values())}
+        assert shares["train"] == pytest.approx(0.87, abs=0.08)
+        assert all(shares.values())

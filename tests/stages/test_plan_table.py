@@ -12,7 +12,7 @@ WRITTEN = """\
 base: llamagen_c2i
 name: paper
 data: {expected_records: 640}
-table: {title: Table 0, about: Weights, columns: {fd: FID}, protocol: imagenet}
+table: {title: Table 0, about: Weights, columns: {fd: FID}, protocol: imagenet-256}
 rows:
   none: {align: null, label: None, model: &small {size: null, num_layers: 2, num_heads: 2, hidden_size: 64}}
   aligned: {model: *small, label: Ours, against: none, expect: {fd: 1.0}}
