@@ -22,7 +22,7 @@ from arra.stages.plan_painting import Painting, plan_painting
 from arra.stages.plan_probe import Probe, probe
 from arra.stages.plan_speed import COMPUTE_SHARE, StepTime, step_time
 from arra.stages.plan_traffic import LEAST_GAIN, Faster, changes_of_traffic, waits_for_traffic
-from arra.stages.planned_model import PlannedModel, planned_model
+from arra.stages.planned_model import KnownPasses, PlannedModel, planned_model, with_known_passes
 from arra.train.durations import to_steps
 from arra.train.memory import Memory, Sharing, largest_rows, local_elements
 from arra.train.parallel import SHARDED, chosen_kind, count_groups
@@ -252,6 +252,11 @@ def sharing_on(machine: Machine, settings: TrainSettings, *, planned: PlannedMod
         ArraError: settings that do not fit each other or the machine, or shards of weights in four bits.
     """
     parallel = settings.parallel
+    if machine.count > settings.batch_size:
+        raise ArraError(
+            f"train.batch_size: {settings.batch_size} pictures cannot be shared by {machine.count} devices; raise it, "
+            "or take fewer"
+        )
     ranks = Ranks(size=machine.count, local_size=machine.count)
     everything = planned.parts.all
     whole = sum(int((held.bytes_each + 12 * held.trained) * local_elements(held.shape, 1)) for held in everything)
@@ -272,11 +277,12 @@ def sharing_on(machine: Machine, settings: TrainSettings, *, planned: PlannedMod
 
 def _remedies(recipe: Recipe, planned: PlannedModel, *, machine: Machine, sharing: Sharing) -> Iterator[Remedy]:
     """What would take less: settings, each alone and some together, or more devices."""
+    known: KnownPasses = {}
 
     def tried(what: str, changes: Mapping[str, Any], count: int = machine.count) -> Remedy:
         changed, devices = _changed(recipe, changes), replace(machine, count=count)
         other = any(key.startswith("model.") for key in changes)
-        model = planned_model(changed, planned.name) if other else planned
+        model = with_known_passes(planned_model(changed, planned.name), changed, known=known) if other else planned
         how, rows = sharing_on(devices, changed.train, planned=model), rows_of(changed.train, ranks=count)
         total = _memory_with(model, changed.train, how, devices)(rows).total
         return Remedy(what, total, total <= machine.bytes_each)

@@ -20,7 +20,7 @@ from arra.stages.makers import crop_of, feature_sizes, smallest_unsigned, used_c
 from arra.stages.model import tokenizer_network
 from arra.stages.planned_model import FEATURE_SIZE, PlannedModel
 from arra.stages.training_data import epoch_length
-from arra.tokenizers.vq import VQModel
+from arra.tokenizers.vq import VQModel, VQSettings
 from arra.train.flops import count_flops
 from arra.train.memory import WIDE, Sharing, state_memory
 
@@ -106,17 +106,22 @@ def embedded_records(kind: SourceKind) -> int:
 
 def preparing_flops(recipe: Recipe) -> float | None:
     """Operations of a picture, all its crops: its codes and every teacher's features; None for unknown encoders."""
-    network, size = tokenizer_network(recipe), recipe.data.image_size
-    with torch.device("meta"):
-        tokenizer = VQModel(network)
-        picture = torch.empty(1, 3, size, size)
-    total = float(count_flops(lambda: tokenizer.encoder(picture)))
+    total = tokenizer_flops(tokenizer_network(recipe), recipe.data.image_size)
     for choice in used_choices(recipe).values():
         found = encoder_flops(choice)
         if found is None:
             return None
         total += found
     return total * crop_of(recipe).num_variants
+
+
+@lru_cache
+def tokenizer_flops(network: VQSettings, size: int) -> float:
+    """Operations of making the codes of a square picture."""
+    with torch.device("meta"):
+        tokenizer = VQModel(network)
+        picture = torch.empty(1, 3, size, size)
+    return float(count_flops(lambda: tokenizer.encoder(picture)))
 
 
 def encoder_flops(choice: EncoderChoice) -> float | None:

@@ -117,7 +117,7 @@ def parse_machine(written: str) -> Machine:
     """
     found = WRITTEN.fullmatch(written.strip())
     expected = "expected how many and how large, as in 4x48 (GiB), or their name, as in 8xh100, 8xa6000-48g or cpu"
-    if found is None or (found[1] is not None and not int(found[1])):
+    if found is None or 0 in [int(part) for part in (found[1], found[3]) if part is not None]:
         raise ArraError(f"--gpu {written}: {expected}")
     count, kind, size = int(found[1] or 1), found[2].lower(), int(found[3]) if found[3] else None
     if kind[0].isdigit():
@@ -127,11 +127,12 @@ def parse_machine(written: str) -> Machine:
     if kind == CPU:
         each = memory_here(torch.device("cpu")) // count if size is None else size * GIB
         return Machine(written.strip(), count, each, device_type=CPU, name=CPU)
-    if kind not in CARDS and found[1] is None:
-        raise ArraError(f"--gpu {written}: {expected}")
     if kind not in CARDS:
         known = ", ".join((*CARDS, CPU))
-        raise ArraError(f"--gpu {written}: '{found[2]}' is unknown; known are {known}; or write its GiB")
+        raise ArraError(
+            f"--gpu {written}: '{found[2]}' is unknown; known are {known}; or write how many and how large, as in 4x48 "
+            "(GiB)"
+        )
     sizes = CARDS[kind].memory
     if size is not None and size not in sizes:
         told = " or ".join(map(str, sizes))

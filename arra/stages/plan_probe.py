@@ -1,4 +1,4 @@
-"""Real steps of a planned training on the device that is here: `arra plan --probe`.
+"""Real steps of a planned training on the device that is here: `arra plan demo --gpu cpu --probe`.
 
     a model on the meta device --> random weights, random batches --> Trainer.train_step --> seconds, peak memory
 

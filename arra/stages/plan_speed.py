@@ -3,7 +3,7 @@
     a model on the meta device, sharing, Machine --> StepTime{compute, traffic, update} --> images/s, MFU, hours
 
 Operations are counted on the module graph (`arra.train.activations`). What share of a card's peak is reached is
-assumed, or measured by `arra plan --probe`.
+assumed, or measured by `arra plan demo --gpu cpu --probe`.
 Letters: R ranks that share one set of weights, N weights, w bytes of a number in products, M N sides of a matrix.
 """
 

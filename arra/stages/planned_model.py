@@ -112,7 +112,8 @@ KnownPasses = MutableMapping[Hashable, PlannedModel]
 def with_known_passes(planned: PlannedModel, recipe: Recipe, *, known: KnownPasses) -> PlannedModel:
     """The recipe's model with the passes of one in `known` that makes the same; if none does, it is noted there."""
     shapes = tuple((name, tuple(p.shape), p.requires_grad) for name, p in planned.model.named_parameters())
-    own = recipe.model.model_dump(exclude={"weights": True, "seed": True, "llm": {"folder"}})  # whatever they start from
+    # where it starts from makes no difference, and four bits are counted later
+    own = recipe.model.model_dump(exclude={"weights": True, "seed": True, "llm": {"folder", "four_bit"}})
     like = known.setdefault((shapes, planned.length, planned.grid, repr(own)), planned)
     return replace(planned, made=like.made, looked=like.looked)
 

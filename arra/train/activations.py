@@ -124,7 +124,7 @@ def _faked(
 ) -> Iterator[_Faked]:
     """A block in which the model has so many blocks, and computes with tensors that have no numbers."""
     narrow = settings.precision == "bfloat16" and sharded
-    with _cut(model, depth), _recomputed(model, settings), _unsliced_masks(), FakeTensorMode():
+    with _cut(model, depth), _recomputed(model, settings), _own_seeds(model), _unsliced_masks(), FakeTensorMode():
 
         def product_type(value: Tensor) -> torch.dtype:
             return torch.bfloat16 if narrow and value.is_floating_point() else value.dtype
@@ -220,6 +220,17 @@ def _cut(model: Painter, depth: int) -> Iterator[None]:
         yield
     finally:
         listed._modules = kept
+
+
+@contextmanager
+def _own_seeds(model: nn.Module) -> Iterator[None]:
+    """A block after which dropout by rows has the seeds from before, and none without numbers."""
+    places = [(module, module.seeds) for module in model.modules() if isinstance(module, dropout.RowDropout)]
+    try:
+        yield
+    finally:
+        for module, seeds in places:
+            module.seeds = seeds
 
 
 @contextmanager

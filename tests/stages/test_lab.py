@@ -276,7 +276,7 @@ def test_every_row_of_the_recipe_takes_a_step(
 ):
     """The choices that no default row makes: losses, projectors, spaces, layers, schedules, published windows."""
     # the same few teachers, read anew for every row; what they cost is asked of three rows above
-    monkeypatch.setattr(arra.stages.lab, "teacher_flops", lambda recipe, store: 0)
+    monkeypatch.setattr(arra.stages.lab, "teacher_flops", lambda recipe, store, known: 0)
     shutil.copytree(lab[0] / "store", tmp_path / "store")
     rows = tuple(row_names("alignment_lab"))
     _, recipes = read_rows(LabOptions(rows=rows, steps=1600, overrides=(*lab_settings, "model.num_layers=4")))

@@ -32,6 +32,8 @@ def test_how_machines_are_written(written: str, count: int, gib: float, name: st
         ("4xa100-50g", "a100 has 80 or 40 GiB, found 50"),
         ("8xa6000-", "expected how many and how large"),
         ("0xh100", "expected how many"),
+        ("cpu-0g", "expected how many"),
+        ("8xa6000ada", "'a6000ada' is unknown; known are a10, .*, a6000-ada, .*, cpu; or write how many"),
         ("48", "expected how many"),
         ("4x48-48g", "expected how many"),
     ],

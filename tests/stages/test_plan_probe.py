@@ -52,6 +52,17 @@ def test_checkpoints_are_as_large_as_said(tmp_path: Path) -> None:
     assert data_plan(recipe, planned).checkpoint_bytes == pytest.approx(saved, rel=0.01)
 
 
+def test_no_gradients_are_there_while_a_run_looks_at_itself(tmp_path: Path) -> None:
+    """Which is what the plan says, and it changes no step: they are made anew in each."""
+    recipe, planned = small()
+    trainer = random_trainer(recipe, planned, run=tmp_path, device=CPU)
+    assert trainer.alignment is not None
+    trainer.train_step()
+    weights = [*trainer.model.parameters(), *trainer.alignment.parameters()]
+    assert all(weight.grad is not None for weight in weights if weight.requires_grad)
+    assert trainer.look("preview", lambda: [weight.grad for weight in weights]) == [None] * len(weights)
+
+
 def test_a_probe_of_few_blocks_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the whole does not fit, two depths are tried, and the plan still holds within 10 %."""
     recipe, planned = small("model.num_layers=6")

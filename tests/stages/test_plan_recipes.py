@@ -2,45 +2,65 @@
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
 
 from arra.config import Recipe, load_recipe, read_recipe_file, recipes_folder, row_names
+from arra.stages import planned_model as planned_models
 from arra.stages.plan import plan
 from arra.stages.plan_data import training_records
 from arra.stages.plan_machines import parse_machine
 from arra.stages.plan_report import in_short
 from arra.stages.planned_model import KnownPasses, planned_model, with_known_passes
 from arra.stages.tables import Scale, read_table
+from arra.tokenizers import load_tokenizer
+from arra.train.settings import TrainSettings
 
 BUILT_IN = [path.stem for path in sorted(recipes_folder().glob("*.yaml"))]
 TABLES = [name for name in BUILT_IN if read_recipe_file(name).table is not None]
 OF_STEPS = ("batch_size", "micro_batch_size", "precision", "recompute", "optimizer", "parallel", "ema_decay")
 """Settings of training that plans follow from, besides its steps."""
-WITHOUT_COST: dict[str, Any] = {"layer": 1, "weight": 1.0, "loss": "cosine", "balance": None, "stop_step": None,
-                                "warmup_steps": 0, "decay": None, "position_power": 0.0, "encoder": "teacher"}  # fmt: skip
-"""Settings of the alignment that cost nothing, or nothing that a plan knows of."""
 known: KnownPasses = {}
+traced: dict[tuple[object, ...], Any] = {}
+
+
+tokenizer = cache(load_tokenizer)
 
 
 @pytest.fixture(autouse=True)
-def _shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes of one and two blocks, in half the time; their numbers are tested in tests/train/test_activations.py."""
+def _passes_of_each_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all sizes of a model the first one's passes, of a block or two.
+
+    What is asked here is that there is a plan. Its numbers are asked for in test_plan.py.
+    """
+
+    def once(make: Any) -> Any:
+        def made(model: Any, settings: TrainSettings, *, inputs: Any, sharded: bool) -> Any:
+            condition = getattr(model.settings, "condition", None)
+            key = make, type(model), condition, settings.precision, settings.recompute, sharded
+            if key not in traced:
+                traced[key] = make(model, settings, inputs=inputs, sharded=sharded)
+            return traced[key]
+
+        return made
+
     monkeypatch.setattr("arra.train.activations.TRACED_BLOCKS", (1, 2))
+    monkeypatch.setattr("arra.stages.model.load_named", lambda recipe: tokenizer(recipe.tokenizer.name))
+    for name in ("traced_passes", "looking_bytes"):
+        monkeypatch.setattr(planned_models, name, once(getattr(planned_models, name)))
 
 
 def alike(recipe: Recipe) -> str:
-    """The same for recipes of the same plan but for the number of steps."""
+    """The same for recipes of the same plan but for the number of steps and the projectors' sizes."""
     said = recipe.model_dump(mode="json")
     said["model"] |= {"weights": None, "seed": 0}
     if said["model"]["llm"] is not None:
         said["model"]["llm"]["folder"] = "models/none"
-    if said["align"] is not None:
-        for term in (said["align"], *said["align"]["more"].values()):
-            term |= WITHOUT_COST | {"target": "rep" if term["target"] == "rep" else "hybnext"}
-    said["train"] = {name: said["train"][name] for name in OF_STEPS}
-    return json.dumps([said[section] for section in ("data", "tokenizer", "model", "align", "train")])
+    align = [len(recipe.align_terms()), recipe.has_rep]
+    steps = {name: said["train"][name] for name in OF_STEPS}
+    return json.dumps([said["data"]["image_size"], said["tokenizer"], said["model"], align, steps])
 
 
 def differing(recipes: Iterator[Recipe]) -> list[Recipe]:

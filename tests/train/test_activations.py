@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from arra.models import Painter
+from arra.models.dropout import RowDropout
 from arra.train.activations import traced_passes
 from tests.train.meta_models import decoder, painter, settings, tokens
 
@@ -32,17 +33,15 @@ def kept_bytes(model: Painter, inputs: Mapping[str, Tensor], *, autocast: bool =
 
 
 WIDE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256}
-PRECISIONS = ("float32", "autocast", "narrow")
 
 
 @pytest.mark.parametrize(
     ("kind", "which", "precision"),
     [
-        *(("decoder", "class", precision) for precision in PRECISIONS),
+        ("decoder", "class", "autocast"),
         ("decoder", "text", "float32"),
         ("decoder", "caption", "narrow"),
-        *(("painter", "llama", precision) for precision in PRECISIONS),
-        ("painter", "smollm", "float32"),
+        ("painter", "llama", "float32"),
         ("painter", "gpt2", "autocast"),
         ("painter", "gemma2", "narrow"),
     ],
@@ -55,14 +54,14 @@ def test_what_autograd_keeps(kind: str, which: str, precision: str) -> None:
         prefix = 1 if which == "class" else 6
         told: dict[str, Any] = {"condition": which, "prefix_length": prefix, "num_heads": 4, "hidden_size": 96}
         told |= {"text_vocab_size": 30} if which == "text" else {"caption_dim": 24}
-        empty, full = decoder(num_layers=6, **told), decoder(empty=False, num_layers=6, **told)
+        empty, full = decoder(num_layers=5, **told), decoder(empty=False, num_layers=5, **told)
         inputs: dict[str, Tensor] = tokens(3, prefix + 15, device="cpu")
         if which != "class":
             inputs["prefix_mask"] = torch.ones(3, prefix, dtype=torch.bool)
         if which == "caption":
             inputs |= {"caption": torch.ones(3, prefix, 24), "null_caption": torch.zeros(3, dtype=torch.bool)}
     else:
-        shape = {"num_hidden_layers": 6, **({"n_embd": 96, "n_layer": 6} if which == "gpt2" else WIDE)}
+        shape = {"num_hidden_layers": 5, **({"n_embd": 96, "n_layer": 5} if which == "gpt2" else WIDE)}
         empty, full = painter(which, **shape), painter(which, empty=False, **shape)
         inputs = tokens(3, 20, device="cpu")
     s = settings(precision="float32" if precision == "float32" else "bfloat16")
@@ -107,7 +106,7 @@ def test_a_narrow_block_keeps_what_the_plain_formulas_do() -> None:
     assert four - three == pytest.approx(4 * 16 * by_hand, rel=0.15)
 
 
-@pytest.mark.parametrize(("recompute", "sharded"), [("none", False), ("selective", True), ("full", False)])
+@pytest.mark.parametrize(("recompute", "sharded"), [("selective", True), ("full", False)])
 def test_deeper_models_take_as_much_for_every_block(recompute: str, sharded: bool, monkeypatch: Any) -> None:
     """Gemma's blocks are of two kinds, in turn."""
     s = settings(precision="bfloat16", recompute=recompute)
@@ -120,7 +119,8 @@ def test_deeper_models_take_as_much_for_every_block(recompute: str, sharded: boo
     assert replace(whole.memory, opening=0) == replace(found.memory, opening=0)
 
 
-def test_recomputation_keeps_less_and_full_the_least() -> None:
+def test_recomputation_keeps_less_and_full_the_least(monkeypatch: Any) -> None:
+    monkeypatch.setattr("arra.train.activations.TRACED_BLOCKS", (1, 2))
     model, full = painter(num_hidden_layers=8, **WIDE), settings(precision="bfloat16", recompute="full")
     found = {
         how: traced_passes(model, full.model_copy(update={"recompute": how}), inputs=tokens(4, 64), sharded=True).memory
@@ -130,6 +130,15 @@ def test_recomputation_keeps_less_and_full_the_least() -> None:
     assert found["full"].peak < found["selective"].peak < found["none"].peak
     deeper = traced_passes(painter(num_hidden_layers=10, **WIDE), full, inputs=tokens(4, 64), sharded=True).memory
     assert deeper.kept - found["full"].kept == 2 * 2 * 4 * 64 * 96  # what enters each of two blocks more
+
+
+def test_no_tensor_without_numbers_stays() -> None:
+    """So a model of which passes were made can be copied."""
+    model = painter("gpt2", n_layer=1, resid_pdrop=0.1)
+    traced_passes(model, settings(), inputs=tokens(2, 16), sharded=False)
+    sites = [module for module in model.modules() if isinstance(module, RowDropout)]
+    assert sites
+    assert all(site.seeds is None for site in sites)
 
 
 def test_a_model_stays_as_it_was() -> None:

@@ -161,11 +161,11 @@ def test_projectors() -> None:
     assert projector_activations((first, second), 36, positions=10) == 4 * 10 * (2 * 36 + 2 * 7 + 3 * 5 + 3 * 11)
 
 
-def everything(s: TrainSettings, *, rows: int = 2, sharing: Sharing | None = None) -> Memory:
+def everything(s: TrainSettings, *, rows: int = 2, sharing: Sharing | None = None, looking: int = 0) -> Memory:
     model, sharing = decoder(), sharing or Sharing("fsdp", 2)
     passes = traced_passes(model, s, inputs=tokens(rows, 16), sharded=sharing.is_sharded).memory
     asked = Sequences(labelled=16, aligned=16)
-    return training_memory(model, s, sharing=sharing, passes=passes, sequences=asked, rows=rows)
+    return training_memory(model, s, sharing=sharing, passes=passes, sequences=asked, rows=rows, looking=looking)
 
 
 def test_offloaded_state_lies_with_the_host() -> None:
@@ -182,6 +182,17 @@ def test_offloaded_state_lies_with_the_host() -> None:
     assert (averages.averages, averages.host) == (0, 2 * here.averages)
     saved = here.state - here.gradients - here.projector // 4
     assert everything(settings(ema_decay=0.9)).host == saved  # the copy that is written
+
+
+@pytest.mark.parametrize(
+    ("sharing", "stay"), [(Sharing(), False), (Sharing("fsdp", 2), False), (Sharing("ddp", 2), True)]
+)
+def test_gradients_make_room_for_validation(sharing: Sharing, stay: bool) -> None:
+    """But in ddp's buckets."""
+    large = 2**30
+    found = everything(settings(), sharing=sharing, looking=large)
+    assert found.let_go == (0 if stay else found.gradients)
+    assert found.total == found.state - found.let_go + found.gathered + large + found.reserve
 
 
 def test_the_most_rows_that_fit() -> None:
