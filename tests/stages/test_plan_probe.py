@@ -65,7 +65,7 @@ def test_no_gradients_are_there_while_a_run_looks_at_itself(tmp_path: Path) -> N
 
 def test_a_probe_of_few_blocks_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the whole does not fit, two depths are tried, and the plan still holds within 10 %."""
-    recipe, planned = small("model.num_layers=6")
+    recipe, planned = small("model.num_layers=6", "align=null", "train.optimizer=adamw", "train.batch_size=2")
     whole, most = alone(recipe, planned), alone(recipe, cut_to(planned, 4, settings=recipe.train))
     monkeypatch.setattr("arra.stages.plan_probe.memory_here", lambda device: int((whole + most) / 2 / 0.8))
     monkeypatch.setattr("arra.stages.plan_probe.STEPS", 1)
