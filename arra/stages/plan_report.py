@@ -42,7 +42,9 @@ def report(found: Plan) -> Group:
     lines.append(f"rows of {planned.length:,} positions; {how}")
     lines += [f"assumed: {note}" for note in planned.notes]
     lines += [f"{each.machine.written}: {_sharing_line(planned, each)}" for each in found.machines]
-    tables = [memory_table(found), painting_table(found), time_table(found)]
+    tables = [memory_table(found), painting_table(found)]
+    if any(each.time is not None for each in found.machines):
+        tables.append(time_table(found))
     return Group(_lines(lines), *tables, _lines([*_data_lines(found), *_probe_lines(found), *_advice(found)]))
 
 
