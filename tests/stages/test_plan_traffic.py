@@ -14,7 +14,7 @@ from arra.stages.plan_machines import parse_machine
 from arra.stages.plan_traffic import LEAST_GAIN
 from arra.stages.planned_model import planned_model
 
-SHARDED = ("train.batch_size=64", "train.micro_batch_size=1", "train.parallel.kind=fsdp", "train.steps=3600",
+SHARDED = ("train.batch_size=256", "train.micro_batch_size=1", "train.parallel.kind=fsdp", "train.steps=3600",
            "train.preview_every_steps=null")  # fmt: skip
 
 
@@ -57,13 +57,14 @@ def test_what_is_faster_is_so_when_it_is_done() -> None:
     assert fewer is not None
     assert enough.traffic <= enough.compute
     assert fewer.traffic > fewer.compute
+    assert rows < 64  # of a card
 
 
 @pytest.mark.parametrize(
     ("changes", "machine"),
     [
         (("train.parallel.kind=ddp",), "4xl4"),  # once a step, however large the micro-batches
-        (("train.micro_batch_size=16",), "4xl4"),
+        (("train.micro_batch_size=64",), "4xl4"),
         ((), "4x24"),  # of which only the memory is known
     ],
 )
