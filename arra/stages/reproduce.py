@@ -34,7 +34,7 @@ from arra.stages.compute import step_phases, steps_within, teacher_flops, total_
 from arra.stages.lab import not_evaluated, prepare_store
 from arra.stages.prepare import parse_part
 from arra.stages.process import silent
-from arra.stages.reproduce_results import Reproduced, collect, print_results, write_results
+from arra.stages.reproduce_results import Reproduced, card_folder, collect, print_results, write_results
 from arra.stages.set_opening import open_networks
 from arra.stages.set_options import SetOptions, make_plan, parse_set_options
 from arra.stages.tables import PaperTable, Scale, read_table, start_of
@@ -131,14 +131,6 @@ class Variant:
     teacher_flops: int | None = None
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What all jobs share: stores, finished starts, what each row trains."""
-
-    variants: tuple[Variant, ...]
-    starts: tuple[Task, ...]
-
-
 def run_reproduce(options: ReproduceOptions, out: Path, *, console: Console) -> Reproduced:
     """Tables with verdicts, and what failed; what was finished before is not done again.
 
@@ -154,15 +146,15 @@ def run_reproduce(options: ReproduceOptions, out: Path, *, console: Console) -> 
         set_threads(1)  # on a few shared cores a second thread of one process waits more than it works
     with Display(console) as display:
         with _alone(out, display):
-            prepared = prepare_rows(tables, options, out, display)
-        console.print(variants_table(prepared.variants, seeds=options.seeds))
-        tasks = tasks_of(prepared.variants, options.seeds, out)
+            variants = prepare_rows(tables, options, out, display)
+        console.print(variants_table(variants, seeds=options.seeds))
+        tasks = tasks_of(variants, options.seeds, out)
         own = tasks if options.shard is None else tasks[options.shard[0] :: options.shard[1]]
         failures = train_tasks(own, None, display, places=options.places, keep_going=True)
         trained = [task for task in own if finished(task)]
-        failures += evaluate_rows(trained, prepared.variants, options, out, display)
+        failures += evaluate_rows(trained, variants, options, out, display)
         with _alone(out, display):
-            found = collect(tables, prepared.variants, tasks, options, failures)
+            found = collect(tables, variants, tasks, options, failures)
             write_results(found, out)
     print_results(found, out, console)
     return found
@@ -251,8 +243,8 @@ def _alone(out: Path, display: Display) -> Iterator[None]:
 # What all rows share
 
 
-def prepare_rows(tables: Sequence[PaperTable], options: ReproduceOptions, out: Path, display: Display) -> Prepared:
-    """Stores with everything that rows need, runs that others start from, and what each row trains.
+def prepare_rows(tables: Sequence[PaperTable], options: ReproduceOptions, out: Path, display: Display) -> list[Variant]:
+    """What each row trains; stores with everything that rows need and the runs that others start from are there.
 
     Raises:
         ArraError: pictures cannot be read, rows ask for columns made in different ways, or a start cannot be trained.
@@ -298,7 +290,7 @@ def prepare_rows(tables: Sequence[PaperTable], options: ReproduceOptions, out: P
             protocols=tuple(dict.fromkeys((*one.protocols, protocols[table, row]))),
         )
     display.show("rows", "told", 1, 1)
-    return Prepared(tuple(variants.values()), tuple(begun.values()))
+    return list(variants.values())
 
 
 def _stores(recipes: Sequence[Recipe], out: Path, display: Display) -> dict[str, Store]:
@@ -416,11 +408,6 @@ def evaluate_rows(
 
         failures += evaluate_tasks(waiting, display, places=options.places, keep_going=True, sets=asked)
     return failures
-
-
-def card_folder(task: Task, protocol: str | None) -> Path:
-    """Where the card of a run lies."""
-    return task.folder if protocol is None else task.folder / "protocols" / protocol
 
 
 def variants_table(variants: Sequence[Variant], *, seeds: int) -> Table:

@@ -155,10 +155,13 @@ def _placed(
     return placed
 
 
+def card_folder(task: Task, protocol: str | None) -> Path:
+    """Where the card of a run lies."""
+    return task.folder if protocol is None else task.folder / "protocols" / protocol
+
+
 def _done_of(tasks: Sequence[Task], protocol: str | None) -> Iterator[Done]:
     """The runs that are trained and evaluated."""
-    from arra.stages.reproduce import card_folder
-
     for task in tasks:
         if not finished(task):
             continue
