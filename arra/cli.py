@@ -950,7 +950,8 @@ def reproduce(
 
     Example: arra reproduce table1 --scale full --rows arra-hybnext --devices 0,1,2,3,4,5,6,7 --ranks 8
     """
-    from arra.stages.reproduce import list_rows, parse_options, run_reproduce
+    from arra.stages.reproduce import list_rows, run_reproduce
+    from arra.stages.reproduce_options import parse_options
 
     options = parse_options(
         tables=tables,

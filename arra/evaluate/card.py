@@ -15,6 +15,7 @@ reference pictures, F features.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -176,7 +177,17 @@ class Card:
     teachers; plain values."""
 
     def to_json(self) -> str:
-        """The card as indented JSON, keys in the order of the fields."""
+        """The card as indented JSON, keys in the order of the fields.
+
+        Raises: ArraError when a number is not finite, as a model that diverged gives it.
+        """
+        for result in self.results:
+            numbers = (result.value, result.low, result.high)
+            if not all(math.isfinite(number) for number in numbers if number is not None):
+                raise ArraError(
+                    f"{self.run}: {result.metric} of {result.split} is {result.value}, expected a number; what was "
+                    "measured has numbers that are not finite, as a model that diverged has"
+                )
         content = {
             "run": self.run,
             "protocol": dict(self.protocol),
@@ -232,8 +243,9 @@ class Evaluation:
     def save(self, folder: Path) -> None:
         """Writes both files into `folder`, values first: a card never stands beside older values.
 
-        Raises: ArraError when the folder cannot be written.
+        Raises: ArraError when a number is not finite, or the folder cannot be written.
         """
+        card = self.card.to_json()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CARD_FILE).unlink(missing_ok=True)
@@ -241,7 +253,7 @@ class Evaluation:
             save_file({key: value.contiguous().cpu() for key, value in self.values.items()}, str(staged))
             os.replace(staged, folder / VALUES_FILE)
             staged = folder / (CARD_FILE + ".part")
-            staged.write_text(self.card.to_json(), encoding="utf-8")
+            staged.write_text(card, encoding="utf-8")
             os.replace(staged, folder / CARD_FILE)
         except (OSError, SafetensorError) as error:
             raise ArraError(f"{folder}: cannot write the evaluation ({error}); free space or choose another") from error

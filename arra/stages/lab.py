@@ -46,7 +46,7 @@ from arra.stages.origin import noted
 from arra.stages.painters import load_run
 from arra.stages.prepare import prepare
 from arra.stages.report import grid_references, grid_samples, painted_pictures
-from arra.stages.tasks import Failure, Places, Task, evaluate_tasks, finished, train_tasks
+from arra.stages.tasks import Failure, Places, Task, evaluate_tasks, finished, tell_failure, train_tasks
 from arra.stages.training_data import epoch_length
 
 DEFAULT_ROWS = ("baseline", "hybnext", "at", "rep", "patch", "both")
@@ -139,7 +139,8 @@ def _run_stages(
     trained = [task for task in tasks if finished(task)]
     if not trained:
         raise ArraError(f"{out}: no run was trained: {failures[0].why if failures else 'nothing was asked for'}")
-    waiting = not_evaluated(trained, display)
+    waiting, damaged = not_evaluated(trained, display)
+    failures += damaged
     failures += evaluate_tasks(waiting, display, places=places, keep_going=True)
     broken = {failure.task.folder for failure in failures}
     done = [task for task in trained if task.folder not in broken]
@@ -284,20 +285,27 @@ def _first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, A
     return key, before, now
 
 
-def not_evaluated(trained: Sequence[Task], display: Display) -> list[Task]:
-    """The runs without a current evaluation; what the judges need of the store is there once for all of them."""
+def not_evaluated(trained: Sequence[Task], display: Display) -> tuple[list[Task], list[Failure]]:
+    """The runs without a current evaluation, and damaged ones.
+
+    What the judges need of the store is there once for all of them.
+    """
     judging = display.row("judges")
-    caption_judge, waiting = None, list[Task]()
-    for place, task in enumerate(trained):
-        loaded = load_run(task.folder)
-        if place == 0:
+    caption_judge, waiting, failures = None, list[Task](), list[Failure]()
+    for task in trained:
+        try:
+            loaded = load_run(task.folder)
+        except ArraError as error:
+            failures.append(tell_failure(Failure(task, "evaluating", str(error)), display))
+            continue
+        if caption_judge is None:
             caption_judge = prepare_caption_judge(loaded, progress=judging)
         if current_evaluation(loaded, caption_judge) is None:
             if not waiting:
                 held_out_splits(loaded, progress=judging)
             waiting.append(task)
     judging("ready", 1, 1)
-    return waiting
+    return waiting, failures
 
 
 # Results

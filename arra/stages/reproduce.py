@@ -15,9 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -28,89 +27,19 @@ from arra.display import Display
 from arra.distributed import set_threads
 from arra.errors import ArraError
 from arra.evaluate.card import CARD_FILE
-from arra.evaluate.protocols import find_protocol
 from arra.runs import atomic_write, writing
 from arra.stages.compute import step_phases, steps_within, teacher_flops, total_flops
 from arra.stages.lab import not_evaluated, prepare_store
-from arra.stages.prepare import parse_part
-from arra.stages.process import silent
-from arra.stages.reproduce_results import Reproduced, card_folder, collect, print_results, write_results
-from arra.stages.set_opening import open_networks
-from arra.stages.set_options import SetOptions, make_plan, parse_set_options
-from arra.stages.tables import PaperTable, Scale, read_table, start_of
-from arra.stages.tasks import Failure, Places, Task, evaluate_tasks, finished, train_tasks
+from arra.stages.reproduce_options import ReproduceOptions, card_folder, measured_by, require_measures
+from arra.stages.reproduce_results import Reproduced, collect, print_results, write_results
+from arra.stages.set_options import SetOptions
+from arra.stages.tables import PaperRow, PaperTable, read_table, start_of
+from arra.stages.tasks import Failure, Task, evaluate_tasks, finished, train_tasks
 from arra.stages.training_data import epoch_length
 
 STORES, RUNS, RECIPES, LOCK_FILE = "stores", "runs", "recipes", ".shared.lock"
 NOT_OF_THE_STORE = ("max_train_records", "expected_records", "mode")
 """Keys of `data` that say how a store is used."""
-
-
-@dataclass(frozen=True)
-class ReproduceOptions:
-    """What is asked for."""
-
-    tables: tuple[str, ...]
-    rows: tuple[str, ...] | None = None
-    """None takes all."""
-    scale: Scale = "embedded"
-    seeds: int = 3
-    equal_compute: bool | None = None
-    """Whether a row trains for as many operations as its recipe without alignment would; None: at embedded scale."""
-    places: Places = field(default_factory=Places)
-    shard: tuple[int, int] | None = None
-    """(i, n): the i-th of n parts of the runs, for job arrays."""
-    overrides: tuple[str, ...] = ()
-    measuring: SetOptions = field(default_factory=SetOptions)
-    """At full scale: the weights of protocols' networks, what is left out, and what pictures are compared with."""
-
-    @property
-    def is_equal(self) -> bool:
-        """Whether rows get equal training compute."""
-        return self.scale == "embedded" if self.equal_compute is None else self.equal_compute
-
-
-def parse_options(
-    *,
-    tables: Sequence[str],
-    rows: str | None,
-    scale: str,
-    seeds: int,
-    processes: int | None,
-    devices: str | None,
-    ranks: int,
-    shard: str | None,
-    equal_compute: bool | None,
-    overrides: Sequence[str],
-    weights: Sequence[str] = (),
-    without: Sequence[str] = (),
-    reference: str | None = None,
-) -> ReproduceOptions:
-    """The options as the command line gives them.
-
-    Raises:
-        ArraError: an unknown scale, or numbers and parts that are none.
-    """
-    if scale not in get_args(Scale):
-        raise ArraError(f"--scale {scale}: expected {' or '.join(get_args(Scale))}")
-    measuring = parse_set_options(weights=weights, inception=None, without=tuple(without), reference=reference)
-    if scale != "full" and measuring != SetOptions():
-        raise ArraError("--weights, --without, --reference: of the protocols of --scale full; leave them out")
-    return ReproduceOptions(
-        tables=tuple(name.removesuffix("/") for name in tables),
-        rows=None if rows is None else _names_in(rows),
-        scale=scale,  # type: ignore[arg-type]
-        seeds=seeds,
-        equal_compute=equal_compute,
-        places=Places(processes, () if devices is None else _names_in(devices), ranks),
-        shard=None if shard is None else parse_part(shard, "--shard"),
-        overrides=tuple(overrides),
-        measuring=measuring,
-    )
-
-
-def _names_in(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 @dataclass(frozen=True)
@@ -189,41 +118,6 @@ def read_tables(options: ReproduceOptions) -> list[PaperTable]:
             f"--rows {left[0]}: no row of {', '.join(options.tables)}; arra reproduce TABLE --dry-run lists them"
         )
     return found
-
-
-def require_measures(tables: Sequence[PaperTable], options: ReproduceOptions) -> None:
-    """Nothing; at full scale the networks of the tables' protocols open: better now than after days of training.
-
-    Raises:
-        ArraError: weights or a package are missing, pictures to compare with are not named, or an option that means
-            nothing for any of the protocols.
-    """
-    if options.scale != "full":
-        return
-    protocols = dict[str, bool]()
-    for table in tables:
-        for row in table.rows:
-            if row.recipe is not None:
-                name, of_classes = table.protocol_of(row), row.recipe.model.condition == "class"
-                protocols[name] = protocols.get(name, False) or of_classes
-    known = {each for name in protocols for part in find_protocol(name).measures for each in (part.metric, part.space)}
-    for option, names in (("--without", options.measuring.without), ("--weights", options.measuring.weights)):
-        if odd := [name for name in names if name not in known]:
-            raise ArraError(f"{option} {odd[0]}: nothing of {', '.join(protocols)}; leave it out")
-    for name, of_classes in protocols.items():
-        protocol, own = find_protocol(name), measured_by(name, options)
-        if of_classes and protocol.per_class is not None and own.reference is None:
-            raise ArraError(f"{name}: compares with {protocol.reference}; say where that is with --reference PATH")
-        open_networks(make_plan(own), own, device=torch.device("cpu"), progress=silent)
-
-
-def measured_by(protocol: str, options: ReproduceOptions) -> SetOptions:
-    """How pictures are measured by a protocol: of all that was given what it knows."""
-    given, measures = options.measuring, find_protocol(protocol).measures
-    known = {name for each in measures for name in (each.metric, each.space)}
-    own = replace(given, protocol=protocol, without=tuple(name for name in given.without if name in known), weights={})
-    spaces = make_plan(own).spaces
-    return replace(own, weights={space: place for space, place in given.weights.items() if space in spaces})
 
 
 @contextmanager
@@ -388,23 +282,25 @@ def evaluate_rows(
 ) -> list[Failure]:
     """What could not be evaluated; all other trained runs have a card."""
     protocols = {one.name: one.protocols for one in variants}
+    failures: list[Failure] = []
     if options.scale == "embedded":
         waiting: list[Task] = []
         with _alone(out, display):  # judges and what they say of the store are made once
             for store in dict.fromkeys(task.store for task in trained):
-                waiting += not_evaluated([task for task in trained if task.store == store], display)
-        return evaluate_tasks(waiting, display, places=options.places, keep_going=True)
-    failures: list[Failure] = []
+                others, damaged = not_evaluated([task for task in trained if task.store == store], display)
+                waiting += others
+                failures += damaged
+        return failures + evaluate_tasks(waiting, display, places=options.places, keep_going=True)
     for protocol in dict.fromkeys(each for one in variants for each in one.protocols if each is not None):
         own = measured_by(protocol, options)
         waiting = [
             task
             for task in trained
-            if protocol in protocols[task.row] and not (card_folder(task, protocol) / CARD_FILE).is_file()
+            if protocol in protocols[task.row] and not (card_folder(task.folder, own) / CARD_FILE).is_file()
         ]
 
-        def asked(task: Task, own: SetOptions = own, protocol: str = protocol) -> SetOptions:
-            return replace(own, out=card_folder(task, protocol))
+        def asked(task: Task, own: SetOptions = own) -> SetOptions:
+            return replace(own, out=card_folder(task.folder, own))
 
         failures += evaluate_tasks(waiting, display, places=options.places, keep_going=True, sets=asked)
     return failures
@@ -430,7 +326,7 @@ def list_rows(options: ReproduceOptions) -> Table:
     """
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", title_justify="left")
     for column in ("table", "row", "held against", "steps", "trains"):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, no_wrap=column not in ("table", "trains"), overflow="fold")
     seen: dict[str, str] = {}
     for one in read_tables(options):
         for row in one.rows:
@@ -439,6 +335,12 @@ def list_rows(options: ReproduceOptions) -> Table:
                 table.add_row(escape(one.name), escape(row.name), "", "", "nothing, another system's")
                 continue
             first = seen.setdefault(_key(row.recipe, None), name)
-            trains = "" if first == name else f"as {first}"
+            trains = f"as {first}" if first != name else _stand_in(one, row) if options.scale == "embedded" else ""
             table.add_row(*map(escape, (one.name, row.name, against, str(row.recipe.train.steps), trains)))
     return table
+
+
+def _stand_in(table: PaperTable, row: PaperRow) -> str:
+    """What a row is laid over at embedded scale."""
+    named, recipe = row.facts.embedded.get("row"), table.section.embedded
+    return f"over {recipe}: {named}" if named else f"over {recipe} as it is: the row has no embedded.row"

@@ -31,11 +31,13 @@ from arra.stages.lab import failure_lines
 from arra.stages.origin import noted
 from arra.stages.painters import load_run
 from arra.stages.report import grid_references, grid_samples, painted_pictures
+from arra.stages.reproduce_options import ReproduceOptions, card_folder, measured_by
+from arra.stages.set_options import SetOptions
 from arra.stages.tables import PaperTable
 from arra.stages.tasks import Failure, Task, finished, words_of
 
 if TYPE_CHECKING:
-    from arra.stages.reproduce import ReproduceOptions, Variant
+    from arra.stages.reproduce import Variant
 
 RESULTS_FILE, PAGE_FILE = "results.json", "tables.html"
 MARKDOWN_FILE, LATEX_FILE, CSV_FILE = "tables.md", "tables.tex", "tables.csv"
@@ -76,7 +78,7 @@ def collect(
     tables: Sequence[PaperTable],
     variants: Sequence["Variant"],
     tasks: Sequence[Task],
-    options: "ReproduceOptions",
+    options: ReproduceOptions,
     failures: Sequence[Failure],
 ) -> Reproduced:
     """The tables, judged, from every run that is finished and evaluated, whoever trained it.
@@ -136,7 +138,7 @@ class Placed:
 
 
 def _placed(
-    tables: Sequence[PaperTable], variants: Sequence["Variant"], tasks: Sequence[Task], options: "ReproduceOptions"
+    tables: Sequence[PaperTable], variants: Sequence["Variant"], tasks: Sequence[Task], options: ReproduceOptions
 ) -> dict[tuple[str, str], Placed]:
     """By table and row, all that are trained here."""
     by_row = {place: one for one in variants for place in one.rows}
@@ -150,23 +152,19 @@ def _placed(
             protocol = table.protocol_of(row) if options.scale == "full" else None
             if (variant.name, protocol) not in seen:
                 own = [task for task in tasks if task.row == variant.name]
-                seen[variant.name, protocol] = tuple(_done_of(own, protocol))
+                measured = None if protocol is None else measured_by(protocol, options)
+                seen[variant.name, protocol] = tuple(_done_of(own, measured))
             placed[table.name, row.name] = Placed(variant, seen[variant.name, protocol])
     return placed
 
 
-def card_folder(task: Task, protocol: str | None) -> Path:
-    """Where the card of a run lies."""
-    return task.folder if protocol is None else task.folder / "protocols" / protocol
-
-
-def _done_of(tasks: Sequence[Task], protocol: str | None) -> Iterator[Done]:
+def _done_of(tasks: Sequence[Task], measured: SetOptions | None) -> Iterator[Done]:
     """The runs that are trained and evaluated."""
     for task in tasks:
         if not finished(task):
             continue
         try:
-            evaluation = Evaluation.load(card_folder(task, protocol))
+            evaluation = Evaluation.load(card_folder(task.folder, measured))
         except ArraError:  # not evaluated, or damaged: it is told as missing, and the next call evaluates it
             continue
         yield Done(task, evaluation, tuple(Run(task.folder).read_metrics()))
@@ -186,7 +184,7 @@ def _spreads(placed: Mapping[tuple[str, str], Placed]) -> dict[str | None, SeedS
 def _table_result(
     table: PaperTable,
     placed: Mapping[tuple[str, str], Placed],
-    options: "ReproduceOptions",
+    options: ReproduceOptions,
     resampled: Resampled,
     spreads: Mapping[str | None, SeedSpread],
 ) -> TableResult:
@@ -341,7 +339,7 @@ def _terminal_lines(table: TableResult, row: RowResult) -> Iterator[tuple[str, .
         yield f"  {heading}", paper, f"{cell.ours.value:.4g}", difference, theirs, verdict
 
 
-def _command_of(options: "ReproduceOptions") -> str:
+def _command_of(options: ReproduceOptions) -> str:
     parts = ["arra", "reproduce", *options.tables, "--scale", options.scale, "--seeds", str(options.seeds)]
     parts += [] if options.rows is None else ["--rows", ",".join(options.rows)]
     parts += [] if options.equal_compute is None else ["--equal-compute" if options.equal_compute else "--own-steps"]

@@ -200,7 +200,7 @@ def _run_here(
         except ArraError as error:
             if not keep_going:
                 raise
-            failures.append(_told(Failure(task, what, str(error)), display))
+            failures.append(tell_failure(Failure(task, what, str(error)), display))
     return failures
 
 
@@ -221,7 +221,8 @@ def _evaluate_here(task: Task, options: SetOptions | None) -> None:
         evaluate_set(task.folder, replace(options, threads=1))
 
 
-def _told(failure: Failure, display: Display) -> Failure:
+def tell_failure(failure: Failure, display: Display) -> Failure:
+    """The failure, after the console has its line."""
     line = f"{failure.task.label}: {failure.what} failed: {failure.why}"
     display.console.print(line, highlight=False, markup=False, soft_wrap=True)
     return failure
@@ -270,7 +271,7 @@ def run_processes(
                         raise
                     first, *rest = str(error).splitlines()
                     why = first.removesuffix(":") + (f" ({rest[-1].strip()})" if rest else "")
-                    failures.append(_told(Failure(task, what, why), display))
+                    failures.append(tell_failure(Failure(task, what, why), display))
                 else:
                     task.log.unlink(missing_ok=True)
             time.sleep(0.3 if what != "training" else 1.0)

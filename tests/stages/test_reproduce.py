@@ -17,6 +17,7 @@ import arra.encoders
 import arra.stages.evaluate_set
 import arra.stages.prepare
 import arra.stages.reproduce
+import arra.stages.reproduce_options
 import arra.stages.squares
 import arra.stages.training_data
 import arra.tokenizers.image
@@ -26,7 +27,8 @@ from arra.errors import ArraError
 from arra.evaluate.card import CARD_FILE, Card, Evaluation, measure_row, row_values
 from arra.evaluate.measured import Measured
 from arra.runs import Run
-from arra.stages.reproduce import ReproduceOptions, parse_options, run_reproduce
+from arra.stages.reproduce import list_rows, run_reproduce
+from arra.stages.reproduce_options import ReproduceOptions, card_folder, parse_options
 from arra.stages.reproduce_results import Reproduced
 from arra.stages.set_options import SetOptions
 from arra.stages.tables import PaperTable, read_table, start_of
@@ -219,10 +221,13 @@ def test_full_scale_trains_the_rows_as_they_stand_and_measures_each_by_its_proto
 
     def measures(folder: Path, options: SetOptions) -> None:
         assert options.out is not None
-        measured.append((folder.parent.name, options.protocol, options.out.relative_to(folder), options.without))
+        assert options.out.parent == folder / "protocols"
+        measured.append((folder.parent.name, options.protocol, options.without))
         card_of(options).save(options.out)
 
-    monkeypatch.setattr(arra.stages.reproduce, "open_networks", lambda plan, options, **_: opened.append(plan.spaces))
+    monkeypatch.setattr(
+        arra.stages.reproduce_options, "open_networks", lambda plan, options, **_: opened.append(plan.spaces)
+    )
     monkeypatch.setattr(arra.stages.evaluate_set, "evaluate_set", measures)
     asked = {"scale": "full", "measuring": SetOptions(without=("ms_ssim", "rad-dino"))}
     done = begin(str(tmp_path / "mine.yaml"), out=tmp_path / "out", **asked)
@@ -235,9 +240,9 @@ def test_full_scale_trains_the_rows_as_they_stand_and_measures_each_by_its_proto
     assert runs["general"] == runs["again"] != runs["adapted"]  # one recipe, two protocols
     assert sorted(measured) == sorted(
         [
-            (runs["general"], "mimic-cxr", Path("protocols/mimic-cxr"), ("ms_ssim", "rad-dino")),
-            (runs["general"], "deepeyenet", Path("protocols/deepeyenet"), ("ms_ssim",)),
-            (runs["adapted"], "deepeyenet", Path("protocols/deepeyenet"), ("ms_ssim",)),
+            (runs["general"], "mimic-cxr", ("ms_ssim", "rad-dino")),
+            (runs["general"], "deepeyenet", ("ms_ssim",)),
+            (runs["adapted"], "deepeyenet", ("ms_ssim",)),
         ]
     )
     assert [cell.measure.metric for cell in general.cells][:1] == ["fd"]
@@ -249,6 +254,37 @@ def test_full_scale_trains_the_rows_as_they_stand_and_measures_each_by_its_proto
     measured.clear()
     assert begin(str(tmp_path / "mine.yaml"), out=tmp_path / "out", **asked).page.tables == done.page.tables
     assert measured == []
+    asked["measuring"] = SetOptions(without=("ms_ssim", "rad-dino"), reference="others")  # every number is another one
+    begin(str(tmp_path / "mine.yaml"), out=tmp_path / "out", **asked)
+    assert len(measured) == 3
+
+
+def test_cards_lie_apart_by_all_that_says_how_they_are_measured():
+    measured = [
+        SetOptions(protocol="general", reference=reference, without=without, weights=weights)
+        for reference in (None, "pictures")
+        for without in ((), ("cmmd",))
+        for weights in ({}, {"inception": "a.pt"}, {"inception": "b.pt"})
+    ]
+    folders = [card_folder(Path("run"), each) for each in measured]
+    assert len(set(folders)) == len(measured)
+    assert folders[0] == Path("run/protocols/general")
+    assert card_folder(Path("run"), None) == Path("run")
+    elsewhere = replace(measured[1], out=Path("x"), device="cpu", threads=1)
+    assert card_folder(Path("run"), elsewhere) == folders[1]
+
+
+def test_rows_are_listed_whole_on_a_narrow_screen(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text(MINE)
+    for tables, told in (
+        (("table1", "table2"), ("as table1: arra-hybnext", "over embedded: arra-adapt")),
+        ((str(tmp_path / "mine.yaml"),), ("over embedded as it is: the row has no embedded.row", "another system's")),
+    ):
+        shown = io.StringIO()
+        Console(file=shown, width=80).print(list_rows(ReproduceOptions(tables=tables)))
+        assert "…" not in shown.getvalue()
+        for word in " ".join(told).split():  # the last column may go over several lines
+            assert word in shown.getvalue()
 
 
 def test_another_rows_run_is_no_weights_for_a_training_alone():
@@ -300,6 +336,47 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     assert "no luck" in (tmp_path / "tables.html").read_text()
     monkeypatch.setattr(train, "train", real)
     assert [row.missing for row in begin("appendix4", out=tmp_path).page.tables[0].rows] == [None, None]
+
+
+def test_a_damaged_run_is_told_and_the_others_are_judged(begin: Callable[..., Reproduced], tmp_path: Path):
+    def no_cards() -> None:
+        for card in (tmp_path / "runs").rglob(CARD_FILE):
+            card.unlink()
+
+    first = begin("appendix4", out=tmp_path)
+    no_cards()
+    cosine, mse = (Path(folder) for folder in first.runs.values())
+    (cosine / "model.safetensors").write_bytes(b"half of it")
+    done = begin("appendix4", out=tmp_path)
+    assert [(failure.task.folder, failure.what) for failure in done.failures] == [(cosine, "evaluating")]
+    assert "model.safetensors" in done.failures[0].why
+    assert [row.missing is None for row in done.page.tables[0].rows] == [False, True]
+    assert list(done.runs.values()) == [str(mse)]
+
+
+def test_a_number_that_is_none_is_a_failure_of_its_run(
+    begin: Callable[..., Reproduced], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from arra.stages import evaluate
+
+    real = evaluate.evaluate
+
+    def diverged(folder: Path, **options: Any) -> Any:
+        def to_json(card: Card) -> str:
+            row = replace(card.results[0], value=float("nan"))
+            return written(replace(card, results=(row, *card.results[1:])))
+
+        written = Card.to_json
+        with monkeypatch.context() as patch:
+            if folder.parent.name.startswith("mse"):
+                patch.setattr(Card, "to_json", to_json)
+            return real(folder, **options)
+
+    monkeypatch.setattr(evaluate, "evaluate", diverged)
+    done = begin("appendix4", out=tmp_path)
+    (failure,) = done.failures
+    assert "is nan, expected a number" in failure.why
+    assert [row.missing is None for row in done.page.tables[0].rows] == [True, False]
 
 
 @pytest.mark.parametrize(
