@@ -10,9 +10,11 @@ from functools import lru_cache
 
 import torch
 
-from arra.config import Recipe
-from arra.data.records import Record
-from arra.data.sources import SourceKind, source_of
+from arra.config import DataSection, Recipe
+from arra.data.openmoji import OpenMojiSource
+from arra.data.records import Record, Source
+from arra.data.shapes import ShapesSource
+from arra.data.sources import source_of
 from arra.data.store import Store
 from arra.encoders import SPECS, EncoderChoice, EncoderSpec
 from arra.encoders.base import at_size
@@ -88,8 +90,10 @@ def training_records(recipe: Recipe, store: Store | None) -> tuple[int | None, s
     data = recipe.data
     if store is not None:
         return epoch_length(recipe, store), str(store.path)
-    if data.sources is None and data.path is None:
-        found, told_by = embedded_records(data.source), f"the embedded set {data.source}"
+    embedded = _embedded_sources(data)
+    if embedded:
+        found = sum(embedded_records(source) for source in embedded)
+        told_by = f"the embedded set {' and '.join(source.name for source in embedded)}"
     elif data.expected_records is not None:
         found, told_by = data.expected_records, "data.expected_records"
     else:
@@ -97,11 +101,21 @@ def training_records(recipe: Recipe, store: Store | None) -> tuple[int | None, s
     return min(found, data.max_train_records or found), told_by
 
 
+def _embedded_sources(data: DataSection) -> tuple[Source, ...]:
+    """The sources, where all of them are embedded and every picture of theirs counts once; else none."""
+    if data.path is not None:
+        return ()
+    named = (source_of(data.source, None),) if data.sources is None else data.sources
+    embedded = all(
+        isinstance(each, OpenMojiSource | ShapesSource) and each.weight == 1 and each.split is None for each in named
+    )
+    return named if embedded else ()
+
+
 @lru_cache
-def embedded_records(kind: SourceKind) -> int:
+def embedded_records(source: Source) -> int:
     """Training pictures of an embedded set."""
-    found = source_of(kind, None).scan()
-    return sum(record.split == "train" for record in found if isinstance(record, Record))
+    return sum(record.split == "train" for record in source.scan() if isinstance(record, Record))
 
 
 def preparing_flops(recipe: Recipe) -> float | None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from arra.config import Recipe, load_recipe
+from arra.data.sources import source_of
 from arra.errors import ArraError
 from arra.stages.plan import alone, plan
 from arra.stages.plan_data import data_plan, embedded_records
@@ -101,6 +102,14 @@ def test_random_models_are_the_planned_ones() -> None:
 
 
 def test_embedded_sets_are_counted() -> None:
-    assert embedded_records("shapes") == 3200
+    assert embedded_records(source_of("shapes", None)) == 3200
     recipe, planned = small("data.source=shapes", "data.max_train_records=100")
     assert data_plan(recipe, planned).records == 100
+    for sources, told in (
+        ("[{kind: shapes, num_images: 1000}]", 800),
+        ("[{kind: shapes, num_images: 1000}, {kind: shapes, num_images: 40, seed: 1}]", 832),
+        ("[{kind: shapes, weight: 2}]", None),  # how often a picture comes is not counted
+        ("[{kind: shapes}, {kind: folder, path: not-there-yet}]", None),
+    ):
+        recipe, planned = small(f"data.sources={sources}")
+        assert data_plan(recipe, planned).records == told
