@@ -912,7 +912,7 @@ def reproduce(
     processes: Annotated[
         int | None,
         typer.Option(
-            "--processes", help="Runs at a time, one thread each; 0: all in this process; default: the cores."
+            "--processes", help="Runs at a time, one thread each; 0: all in this process; default: cards, else cores."
         ),
     ] = None,
     devices: Annotated[
@@ -936,10 +936,15 @@ def reproduce(
     without: Annotated[
         list[str] | None, typer.Option("--without", help="At full scale: a space or metric to leave out.")
     ] = None,
-    reference: Annotated[
-        str | None, typer.Option("--reference", help="At full scale: compare with this; default: the run's own split.")
+    references: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reference", metavar="PROTOCOL=PATH", help="At full scale: compare with this; default: the run's split."
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List rows and their settings, and leave.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List rows, and which are one training, and leave.")
+    ] = False,
     overrides: SetOption = None,
 ) -> None:
     """Tables of the paper, whole: prepare, train, evaluate, and the paper's numbers beside ours with verdicts.
@@ -966,7 +971,7 @@ def reproduce(
         overrides=overrides or (),
         weights=weights or (),
         without=without or (),
-        reference=reference,
+        references=references or (),
     )
     if dry_run:
         _console().print(list_rows(options))
@@ -1194,7 +1199,7 @@ def plan(
     """What a training takes of every device's memory, how long it trains, what of the disk; nothing is started.
 
     Of a recipe with a paper's table and no --row every row is told. Ends with code 1 if it fits on none of the
-    machines asked for.
+    machines asked for; of a table, if none of them fits every row.
 
     Example: arra plan llamagen_c2i --row 3b --gpu 4x48 --gpu 8xa100
 

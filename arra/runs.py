@@ -152,7 +152,7 @@ class Run:
                 own = yaml.safe_load(run.recipe_yaml())
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise ArraError(f"{run.recipe_path}: damaged; delete the run folder and train again") from error
-            run._refuse_difference("recipe", _without(own, free), _without(yaml.safe_load(recipe_yaml), free))
+            run._refuse_difference("recipe", without_keys(own, free), without_keys(yaml.safe_load(recipe_yaml), free))
             kept = run.manifest()
             run._refuse_difference("manifest", {key: kept.get(key) for key in given}, given)
             return run
@@ -291,12 +291,12 @@ def _runs_near(path: Path) -> str:
     return "make one with: arra demo"
 
 
-def _without(tree: Any, keys: Sequence[str]) -> Any:
+def without_keys(tree: Any, keys: Sequence[str]) -> Any:
     """The tree without some dotted keys."""
     if not isinstance(tree, dict):
         return tree
     inner = {key: [each.partition(".")[2] for each in keys if each.partition(".")[0] == key] for key in tree}
-    return {key: _without(value, inner[key]) for key, value in tree.items() if "" not in inner[key]}
+    return {key: without_keys(value, inner[key]) for key, value in tree.items() if "" not in inner[key]}
 
 
 class _Absent:

@@ -79,13 +79,15 @@ def load_yaml(text: str, source: str) -> Any:
     Raises:
         ArraError: it is no YAML, has a key twice, or a key that is no text.
     """
-    with suppress(yaml.YAMLError):
+    with suppress(yaml.YAMLError, ValueError):
         return yaml.load(text, Loader=_FastLoader)
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ArraError(f"{source}: line {line}: not YAML: {error.problem}") from None
+    except ValueError as error:  # a date that there is not: 2024-30-01
+        raise ArraError(f"{source}: {error}; put text in quotes") from None
     except yaml.YAMLError as error:
         raise ArraError(f"{source}: {' '.join(str(error).split())}") from None
 

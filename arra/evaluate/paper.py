@@ -6,7 +6,7 @@ against it (`arra.evaluate.verdicts`). Nothing here changes a training.
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, FiniteFloat, field_validator, model_validator
 
 from arra.errors import ArraError
 from arra.evaluate.card import METRICS
@@ -59,7 +59,7 @@ class TableRow(Settings):
     """As the table calls the row; null: the row's name."""
     group: str | None = None
     """Part of the table that the row stands in, where it has several."""
-    expect: dict[str, float] = {}
+    expect: dict[str, FiniteFloat] = {}
     """The paper's numbers, by measure."""
     against: str | None = None
     """Row that this one is held against: the paper's claim is the difference; null for rows without a claim."""

@@ -360,9 +360,13 @@ class _RowJudge:
         return next((column for column in self.columns if measure.metric in asked.get(column, ())), None)
 
     def _network(self, column: str) -> str | None:
-        """In whose vectors the paper has its column, as the protocol says it; None where it does not."""
+        """In whose vectors the paper has its column, as the protocol says it; None where it does not.
+
+        A protocol that is of no paper has none in it: then all of its measures are meant.
+        """
         measures = () if self.protocol is None else self.protocol.measures
-        found = (each.space or PIXELS for each in measures if each.in_paper and each.metric == column)
+        of_paper = any(each.in_paper for each in measures)
+        found = (each.space or PIXELS for each in measures if each.metric == column and each.in_paper == of_paper)
         return next(found, None)
 
     def _number(self, column: str, paper: float, measure: Measure, own: RowEstimate) -> Judged:

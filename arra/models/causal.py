@@ -92,6 +92,10 @@ class CausalLM(nn.Module):
         if highest >= rows:
             raise ArraError(f"layout: token {highest} is outside the model's vocabulary of {rows}")
 
+    def keep_blocks(self, count: int) -> None:
+        """Nothing; `blocks` are the first ones alone, after the others were taken out of the network."""
+        del self._blocks[count:]
+
     @property
     def blocks(self) -> list[nn.Module]:
         """The blocks, first to last, as parallelism and recomputing take them."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
+import torch
+
 from arra.config import Recipe
 from arra.data.store import Store
 from arra.distributed import Ranks
@@ -39,7 +41,8 @@ class Remedy:
     """A change, and what it would take of each device."""
 
     what: str
-    total: int
+    needed: int
+    """Bytes, for training and for painting in between."""
     fits: bool
 
 
@@ -74,11 +77,7 @@ class MachinePlan:
     @property
     def needed(self) -> int:
         """Bytes of each device, for training and for painting in between."""
-        memory = self.memory
-        idle = memory.state - memory.let_go + memory.reserve
-        painted = idle + self.painting.beside if self.painting.between else 0
-        host = memory.host if self.machine.name == CPU else 0
-        return max(memory.total, painted) + host
+        return needed_bytes(self.memory, self.painting, self.machine)
 
     @property
     def hours(self) -> float | None:
@@ -100,6 +99,13 @@ class MachinePlan:
     def painting_hours(self) -> float | None:
         """Of an evaluation's pictures, on one device; None where it paints whole splits."""
         return self.painting.hours
+
+
+def needed_bytes(memory: Memory, painting: Painting, machine: Machine) -> int:
+    """Bytes of each device, for training and for painting in between; a CPU also holds what a checkpoint copies."""
+    idle = memory.state - memory.let_go + memory.reserve
+    painted = idle + painting.beside if painting.between else 0
+    return max(memory.total, painted) + (memory.host if machine.name == CPU else 0)
 
 
 @dataclass(frozen=True)
@@ -155,8 +161,8 @@ def alone(recipe: Recipe, planned: PlannedModel, *, device_type: str | None = No
 
 
 def _measured_share(recipe: Recipe, planned: PlannedModel, found: Probe | None, machine: Machine) -> float | None:
-    """The share of the peak that a probe's passes reached, where the machine's devices are of its kind."""
-    if found is None or machine.device_type != found.device.split(":")[0]:
+    """The share of the peak that a probe's passes reached, where the machine has such devices as it ran on."""
+    if found is None or not machine.has_devices_like(torch.device(found.device)):
         return None
     assumed = step_time(planned, recipe.train, machine=replace(machine, count=1), sharing=Sharing())
     if assumed is None:
@@ -179,8 +185,10 @@ def plan_machine(
     if found.memory.total > machine.bytes_each:
         remedies = list(_remedies(recipe, planned, machine=machine, sharing=found.sharing))
         if found.largest:
-            total = _memory_with(planned, recipe.train, found.sharing, machine)(found.largest).total
-            remedies.insert(0, Remedy(f"train.micro_batch_size={found.largest}", total, fits=True))
+            memory = _memory_with(planned, recipe.train, found.sharing, machine)(found.largest)
+            needed = needed_bytes(memory, found.painting, machine)
+            what = f"train.micro_batch_size={found.largest}"
+            remedies.insert(0, Remedy(what, needed, needed <= machine.bytes_each))
         return replace(found, remedies=tuple(remedies))
     if found.fits and waits_for_traffic(found.time, found.sharing):
         faster = _faster(recipe, planned, found, share=share)
@@ -284,8 +292,9 @@ def _remedies(recipe: Recipe, planned: PlannedModel, *, machine: Machine, sharin
         other = any(key.startswith("model.") for key in changes)
         model = with_known_passes(planned_model(changed, planned.name), changed, known=known) if other else planned
         how, rows = sharing_on(devices, changed.train, planned=model), rows_of(changed.train, ranks=count)
-        total = _memory_with(model, changed.train, how, devices)(rows).total
-        return Remedy(what, total, total <= machine.bytes_each)
+        painting = plan_painting(changed, model, machine=devices, sharing=how)
+        needed = needed_bytes(_memory_with(model, changed.train, how, devices)(rows), painting, devices)
+        return Remedy(what, needed, needed <= machine.bytes_each)
 
     llm = recipe.model.llm
     found = savings(

@@ -83,6 +83,13 @@ class Machine:
         """What is known of each."""
         return None if self.name is None or self.name == CPU else CARDS[self.name]
 
+    def has_devices_like(self, device: torch.device) -> bool:
+        """Whether each computes as fast as a device of this machine does."""
+        if device.type != "cuda" or self.card is None:
+            return self.name == device.type == CPU
+        here = known_peak(torch.cuda.get_device_name(device))
+        return here is not None and here == known_peak(self.card.driver)
+
     @property
     def bandwidth(self) -> float | None:
         """Of each one's memory, bytes a second; None where it is not known."""

@@ -31,6 +31,7 @@ from arra.stages.planned_model import FEATURE_SIZE, PlannedModel, cut_to
 from arra.train.alignment import build_alignment
 from arra.train.allocations import allocations
 from arra.train.loop import Trainer
+from arra.train.settings import AlignSettings
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -199,6 +200,7 @@ def random_trainer(
         sample = {name: torch.randn(SAMPLE, *shape) for name, shape in shapes.items()}
         terms = recipe.resolved(records).align
         assert terms is not None
+        terms = _within(terms, len(model.blocks))
         alignment = build_alignment(terms, sample, hidden_size=model.hidden_size, seed=settings.seed).to(device)
     return Trainer(
         model=model,
@@ -209,6 +211,12 @@ def random_trainer(
         run=Run(run),
         device=device,
     )
+
+
+def _within(align: AlignSettings, depth: int) -> AlignSettings:
+    """The alignment with layers that a model of this depth has: where states are taken makes hardly a difference."""
+    more = {name: term.model_copy(update={"layer": min(term.layer, depth)}) for name, term in align.more.items()}
+    return align.model_copy(update={"layer": min(align.layer, depth), "more": more})
 
 
 def feature_shapes(recipe: Recipe, planned: PlannedModel) -> dict[str, tuple[int, ...]]:

@@ -223,7 +223,7 @@ def _advice(found: Plan) -> Iterator[str]:
             continue
         yield f"{where}: {gib(each.memory.total)} GiB do not fit. Each of these alone:"
         for remedy in sorted(each.remedies, key=lambda remedy: not remedy.fits):
-            yield f"  {remedy.what}: {gib(remedy.total)} GiB, {'fits' if remedy.fits else 'does not fit either'}"
+            yield f"  {remedy.what}: {gib(remedy.needed)} GiB, {'fits' if remedy.fits else 'does not fit either'}"
 
 
 def _faster_lines(each: MachinePlan) -> Iterator[str]:

@@ -61,6 +61,8 @@ def answer(request: PlanRequest) -> PlanAnswer:
         return _of_table(request, machines, store)
     if request.scale is not None:
         raise ArraError("--scale: is of the rows of a table; leave out --row, or name a recipe that has a table")
+    if request.seeds != 1:
+        raise ArraError("--seeds: is of the rows of a table; leave it out")
     recipe = load_recipe(request.recipe, row=request.row, overrides=request.overrides)
     found = plan(recipe, machines=machines, stand_in=request.stand_in, store=store, probing=request.probing)
     return PlanAnswer(report(found), found.fits)

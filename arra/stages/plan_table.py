@@ -12,12 +12,16 @@ from rich.text import Text
 
 from arra.config import Recipe
 from arra.data.store import Store
+from arra.errors import ArraError
 from arra.stages.plan import MachinePlan, plan
 from arra.stages.plan_machines import Machine
 from arra.stages.plan_report import UNKNOWN, gib, in_short, number, span
 from arra.stages.planned_model import KnownPasses, planned_model, with_known_passes
 from arra.stages.tables import Scale, read_table
 from arra.train.memory import local_elements
+
+PICTURES = {"source", "path", "sources"}
+"""Keys of `data` that say which pictures there are."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,12 @@ def plan_table(
     """What the rows of a table take on a machine; `known` are passes that were made for other machines or tables.
 
     Raises:
-        ArraError: the recipe has no table, or a row cannot be planned.
+        ArraError: the recipe has no table, a row cannot be planned, or a store is given and rows have other pictures.
     """
     table = read_table(name, scale=scale, overrides=overrides)
+    named = {row.recipe.data.model_dump_json(include=PICTURES) for row in table.rows if row.recipe is not None}
+    if store is not None and len(named) > 1:
+        raise ArraError(f"--store {store.path}: rows of {name} have different pictures; name one with --row")
     rows, known = [], {} if known is None else known
     for row in table.rows:
         if row.recipe is None:

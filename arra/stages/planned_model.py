@@ -160,6 +160,8 @@ def cut_to(planned: PlannedModel, depth: int, *, settings: TrainSettings) -> Pla
     first = model.blocks[0]
     listed = next(part for part in model.modules() if isinstance(part, nn.ModuleList) and first in part)
     del listed[depth:]
+    if isinstance(model, CausalLM):
+        model.keep_blocks(depth)
     parts = parts_of(model, settings, four_bit=planned.four_bit)
     return replace(planned, model=model, parts=parts, made={})
 

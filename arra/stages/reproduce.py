@@ -26,11 +26,11 @@ from arra.data.store import Store
 from arra.display import Display
 from arra.distributed import set_threads
 from arra.errors import ArraError
-from arra.evaluate.card import CARD_FILE
-from arra.runs import atomic_write, writing
+from arra.runs import atomic_write, without_keys, writing
+from arra.stages.begun import fixed_settings
 from arra.stages.compute import step_phases, steps_within, teacher_flops, total_flops
 from arra.stages.lab import not_evaluated, prepare_store
-from arra.stages.reproduce_options import ReproduceOptions, card_folder, measured_by, require_measures
+from arra.stages.reproduce_options import ReproduceOptions, card_folder, card_in, measured_by, require_measures
 from arra.stages.reproduce_results import Reproduced, collect, print_results, write_results
 from arra.stages.set_options import SetOptions
 from arra.stages.tables import PaperRow, PaperTable, read_table, start_of
@@ -38,6 +38,8 @@ from arra.stages.tasks import Failure, Task, evaluate_tasks, finished, train_tas
 from arra.stages.training_data import epoch_length
 
 STORES, RUNS, RECIPES, LOCK_FILE = "stores", "runs", "recipes", ".shared.lock"
+OF_ALIGNMENT = ("align", "encoder")
+"""Sections that say how a row is aligned."""
 NOT_OF_THE_STORE = ("max_train_records", "expected_records", "mode")
 """Keys of `data` that say how a store is used."""
 
@@ -52,6 +54,8 @@ class Variant:
     rows: tuple[tuple[str, str], ...]
     """(table, row)."""
     store: Path
+    alike: str
+    """What it shares with rows that are trained alike but for their alignment."""
     protocols: tuple[str | None, ...]
     """Of its evaluations, those of its rows; None measures as the recipe says."""
     records: int
@@ -67,6 +71,7 @@ def run_reproduce(options: ReproduceOptions, out: Path, *, console: Console) -> 
         ArraError: no such table or row, a folder with runs of other settings, or pictures that cannot be read.
         KeyboardInterrupt: after the trainings have saved.
     """
+    options.places.require()
     tables = read_tables(options)
     require_measures(tables, options)
     with writing(out):
@@ -166,13 +171,16 @@ def prepare_rows(tables: Sequence[PaperTable], options: ReproduceOptions, out: P
         store = stores[_store_name(recipe)]
         resolved = _started(recipe, known).resolved(epoch_length(recipe, store))
         display.show("rows", f"{table}: {row}", len(variants), len(recipes))
+        begun_from = None if known is None else known[0]
+        alike = _key(resolved, begun_from, without=OF_ALIGNMENT)
         resolved, step, teacher = _budgeted(resolved, store, options, costs)
-        key = _key(resolved, None if known is None else known[0])
+        key = _key(resolved, begun_from)
         one = variants.get(key) or Variant(
             name=_run_name(row, key, out),
             recipe=resolved,
             rows=(),
             store=store.path,
+            alike=alike,
             protocols=(),
             records=epoch_length(recipe, store),
             step_flops=step,
@@ -240,9 +248,9 @@ def _budgeted(
     return recipe.model_copy(update={"train": train}), phases[0].flops, teachers
 
 
-def _key(recipe: Recipe, start: str | None) -> str:
-    """A hash of what is trained and how it is measured, whatever it is called and wherever it lies."""
-    data: dict[str, Any] = recipe.model_dump(mode="json", exclude={"name", "row"})
+def _key(recipe: Recipe, start: str | None, *, without: Sequence[str] = ()) -> str:
+    """A hash of what is trained and how it is measured, whatever it is called and however fast it runs."""
+    data: dict[str, Any] = without_keys(fixed_settings(recipe), ("name", "row", *without))
     if start is not None:
         data["model"]["weights"] = f"row:{start}"
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
@@ -270,9 +278,10 @@ def tasks_of(variants: Sequence[Variant], seeds: int, out: Path) -> list[Task]:
 def _task(name: str, recipe: Recipe, seed: int, store: Path, out: Path, records: int, number: int = 0) -> Task:
     """A run; its recipe is written where its process reads it."""
     file = out / RECIPES / f"{name}.yaml"
-    if not file.is_file():
-        row = {"name": recipe.name, "row": name}
-        atomic_write(file, dump_recipe(recipe.model_copy(update=row)) + f"rows:\n  {name}: {{}}\n")
+    row = {"name": recipe.name, "row": name}
+    content = dump_recipe(recipe.model_copy(update=row)) + f"rows:\n  {name}: {{}}\n"
+    if not file.is_file() or file.read_text() != content:  # how fast it runs may have changed
+        atomic_write(file, content)
     own = (f"train.seed={seed}", f"model.seed={recipe.model.seed + number}")
     return Task(name, seed, out / RUNS / name / f"seed-{seed}", own, f"{name} {seed}", file, records, store)
 
@@ -296,7 +305,7 @@ def evaluate_rows(
         waiting = [
             task
             for task in trained
-            if protocol in protocols[task.row] and not (card_folder(task.folder, own) / CARD_FILE).is_file()
+            if protocol in protocols[task.row] and card_in(card_folder(task.folder, own)) is None
         ]
 
         def asked(task: Task, own: SetOptions = own) -> SetOptions:

@@ -5,7 +5,7 @@ command line --parse_options--> ReproduceOptions --measured_by a table's protoco
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
@@ -13,6 +13,7 @@ from typing import get_args
 import torch
 
 from arra.errors import ArraError
+from arra.evaluate.card import Evaluation
 from arra.evaluate.protocols import find_protocol
 from arra.stages.prepare import parse_part
 from arra.stages.process import silent
@@ -41,7 +42,9 @@ class ReproduceOptions:
     """(i, n): the i-th of n parts of the runs, for job arrays."""
     overrides: tuple[str, ...] = ()
     measuring: SetOptions = field(default_factory=SetOptions)
-    """At full scale: the weights of protocols' networks, what is left out, and what pictures are compared with."""
+    """At full scale: the weights of protocols' networks, and what is left out."""
+    references: Mapping[str, str] = field(default_factory=dict)
+    """At full scale: what pictures are compared with, by protocol; the run's own split where none is named."""
 
     @property
     def is_equal(self) -> bool:
@@ -63,7 +66,7 @@ def parse_options(
     overrides: Sequence[str],
     weights: Sequence[str] = (),
     without: Sequence[str] = (),
-    reference: str | None = None,
+    references: Sequence[str] = (),
 ) -> ReproduceOptions:
     """The options as the command line gives them.
 
@@ -72,8 +75,8 @@ def parse_options(
     """
     if scale not in get_args(Scale):
         raise ArraError(f"--scale {scale}: expected {' or '.join(get_args(Scale))}")
-    measuring = parse_set_options(weights=weights, inception=None, without=tuple(without), reference=reference)
-    if scale != "full" and measuring != SetOptions():
+    measuring = parse_set_options(weights=weights, inception=None, without=tuple(without))
+    if scale != "full" and (measuring != SetOptions() or references):
         raise ArraError("--weights, --without, --reference: of the protocols of --scale full; leave them out")
     return ReproduceOptions(
         tables=tuple(name.removesuffix("/") for name in tables),
@@ -85,7 +88,22 @@ def parse_options(
         shard=None if shard is None else parse_part(shard, "--shard"),
         overrides=tuple(overrides),
         measuring=measuring,
+        references=_by_protocol(references),
     )
+
+
+def _by_protocol(references: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in references:
+        name, equals, place = text.partition("=")
+        if not equals or not place or name in found:
+            again = " once" if name in found else ""
+            raise ArraError(
+                f"--reference {text}: expected PROTOCOL=PATH{again}, as in --reference imagenet-256=VIRTUAL.npz; arra "
+                "list protocols has their names"
+            )
+        found[name] = place
+    return found
 
 
 def _names_in(text: str) -> tuple[str, ...]:
@@ -111,10 +129,17 @@ def require_measures(tables: Sequence[PaperTable], options: ReproduceOptions) ->
     for option, names in (("--without", options.measuring.without), ("--weights", options.measuring.weights)):
         if odd := [name for name in names if name not in known]:
             raise ArraError(f"{option} {odd[0]}: nothing of {', '.join(protocols)}; leave it out")
+    for name, place in options.references.items():
+        if name not in protocols:
+            raise ArraError(f"--reference {name}={place}: these rows are measured by {', '.join(protocols)} alone")
+        if not Path(place).exists():
+            raise ArraError(f"--reference {name}={place}: no such file or folder; check the path")
     for name, of_classes in protocols.items():
         protocol, own = find_protocol(name), measured_by(name, options)
         if of_classes and protocol.per_class is not None and own.reference is None:
-            raise ArraError(f"{name}: compares with {protocol.reference}; say where that is with --reference PATH")
+            raise ArraError(
+                f"{name}: compares with {protocol.reference}; say where that is with --reference {name}=PATH"
+            )
         open_networks(make_plan(own), own, device=torch.device("cpu"), progress=silent)
 
 
@@ -122,7 +147,13 @@ def measured_by(protocol: str, options: ReproduceOptions) -> SetOptions:
     """How pictures are measured by a protocol: of all that was given what it knows."""
     given, measures = options.measuring, find_protocol(protocol).measures
     known = {name for each in measures for name in (each.metric, each.space)}
-    own = replace(given, protocol=protocol, without=tuple(name for name in given.without if name in known), weights={})
+    own = replace(
+        given,
+        protocol=protocol,
+        reference=options.references.get(protocol),
+        without=tuple(name for name in given.without if name in known),
+        weights={},
+    )
     spaces = make_plan(own).spaces
     return replace(own, weights={space: place for space, place in given.weights.items() if space in spaces})
 
@@ -136,3 +167,11 @@ def card_folder(run: Path, measured: SetOptions | None) -> Path:
     usual = words == words_of(SetOptions(protocol=measured.protocol))
     made = "" if usual else "-" + hashlib.sha256(json.dumps(words).encode()).hexdigest()[:6]
     return run / PROTOCOLS / (measured.protocol + made)
+
+
+def card_in(folder: Path) -> Evaluation | None:
+    """The card in a folder; None where there is none, or a damaged one, which is made again."""
+    try:
+        return Evaluation.load(folder)
+    except ArraError:
+        return None

@@ -26,12 +26,13 @@ from arra.report.table_view import tally_line
 from arra.report.tables_export import tables_csv, tables_latex, tables_markdown
 from arra.report.tables_page import TablePictures, TableRun, TablesPage, tables_html
 from arra.runs import Run, atomic_write
+from arra.stages.begun import FREE
 from arra.stages.evaluate import PICTURES_FILE, SAME_FAMILY
 from arra.stages.lab import failure_lines
 from arra.stages.origin import noted
 from arra.stages.painters import load_run
 from arra.stages.report import grid_references, grid_samples, painted_pictures
-from arra.stages.reproduce_options import ReproduceOptions, card_folder, measured_by
+from arra.stages.reproduce_options import ReproduceOptions, card_folder, card_in, measured_by
 from arra.stages.set_options import SetOptions
 from arra.stages.tables import PaperTable
 from arra.stages.tasks import Failure, Task, finished, words_of
@@ -39,6 +40,8 @@ from arra.stages.tasks import Failure, Task, finished, words_of
 if TYPE_CHECKING:
     from arra.stages.reproduce import Variant
 
+PLACES = ("data.path", "model.weights", "model.llm.folder", "tokenizer.weights", "evaluate.batch_size")
+"""Keys that say where the paper's data and weights lie here, beside those that a begun training may change."""
 RESULTS_FILE, PAGE_FILE = "results.json", "tables.html"
 MARKDOWN_FILE, LATEX_FILE, CSV_FILE = "tables.md", "tables.tex", "tables.csv"
 
@@ -163,18 +166,16 @@ def _done_of(tasks: Sequence[Task], measured: SetOptions | None) -> Iterator[Don
     for task in tasks:
         if not finished(task):
             continue
-        try:
-            evaluation = Evaluation.load(card_folder(task.folder, measured))
-        except ArraError:  # not evaluated, or damaged: it is told as missing, and the next call evaluates it
-            continue
-        yield Done(task, evaluation, tuple(Run(task.folder).read_metrics()))
+        evaluation = card_in(card_folder(task.folder, measured))
+        if evaluation is not None:  # else it is told as missing, and the next call evaluates it
+            yield Done(task, evaluation, tuple(Run(task.folder).read_metrics()))
 
 
-def _spreads(placed: Mapping[tuple[str, str], Placed]) -> dict[str | None, SeedSpread]:
-    """The spread over seeds, by what trainings start from; the cards tell rows of other data apart."""
-    found: dict[str | None, SeedSpread] = {}
+def _spreads(placed: Mapping[tuple[str, str], Placed]) -> dict[str, SeedSpread]:
+    """The spread over seeds of rows that are trained alike but for their alignment."""
+    found: dict[str, SeedSpread] = {}
     for one in {each.variant.name: each for each in placed.values()}.values():
-        found.setdefault(one.variant.recipe.model.weights, SeedSpread()).add(
+        found.setdefault(one.variant.alike, SeedSpread()).add(
             {run.task.seed: run.evaluation for run in one.runs},
             others={VALIDATION: {run.task.seed: run.validation for run in one.runs if run.validation is not None}},
         )
@@ -186,9 +187,10 @@ def _table_result(
     placed: Mapping[tuple[str, str], Placed],
     options: ReproduceOptions,
     resampled: Resampled,
-    spreads: Mapping[str | None, SeedSpread],
+    spreads: Mapping[str, SeedSpread],
 ) -> TableResult:
     reached: dict[str, Reached] = {}
+    changed = _changed_settings(options.overrides)
     related = False
     for row in table.rows:
         if row.recipe is None:
@@ -201,8 +203,8 @@ def _table_result(
             facts=row.facts,
             evaluations={run.task.seed: run.evaluation for run in runs},
             validation={run.task.seed: run.validation for run in runs if run.validation is not None},
-            spread=spreads[variant.recipe.model.weights],
-            not_comparable=dict.fromkeys(row.facts.expect, "settings changed by --set") if options.overrides else {},
+            spread=spreads[variant.alike],
+            not_comparable=dict.fromkeys(row.facts.expect, f"settings changed by --set {changed}") if changed else {},
             steps=variant.recipe.train.steps,
             train_seconds=sum(times) / len(times) if times else None,
             teacher_seconds=_teacher_seconds(variant, times),
@@ -224,6 +226,12 @@ def _table_result(
             resampled=resampled,
         ),
     )
+
+
+def _changed_settings(overrides: Sequence[str]) -> str:
+    """The keys of `--set` that say what is trained, and not where it lies or how fast it runs."""
+    keys = [text.partition("=")[0].strip() for text in overrides]
+    return ", ".join(key for key in keys if not f"{key}.".startswith(tuple(f"{free}." for free in (*FREE, *PLACES))))
 
 
 def _teacher_seconds(variant: "Variant", times: Sequence[float]) -> float | None:
@@ -344,4 +352,5 @@ def _command_of(options: ReproduceOptions) -> str:
     parts += [] if options.rows is None else ["--rows", ",".join(options.rows)]
     parts += [] if options.equal_compute is None else ["--equal-compute" if options.equal_compute else "--own-steps"]
     parts += [part for text in options.overrides for part in ("--set", text)]
+    parts += [part for name, place in options.references.items() for part in ("--reference", f"{name}={place}")]
     return shlex.join([*parts, *words_of(options.measuring)])

@@ -103,7 +103,7 @@ def row_recipe(file: RecipeFile, row: str, *, scale: Scale, overrides: Sequence[
         except ArraError as error:
             raise ArraError(f"{source}.row: {error}") from None
         mapped = {key: value for key, value in facts.items() if key != "row"}
-        settings = small.settings | {"name": settings["name"]}
+        settings = small.settings | ({"name": settings["name"]} if "name" in settings else {})
         differences = [stand_in, _carried(file.row(row)), mapped, name]
     return recipe_of_row(
         settings, differences, source=source, overrides=_fitting(settings, differences, source, overrides)
@@ -115,8 +115,8 @@ def _carried(difference: Mapping[str, Any]) -> dict[str, Any]:
     if "align" not in difference:
         return {}
     align = difference["align"]
-    if align is None:
-        return {"align": None}
+    if not isinstance(align, dict):  # null; all else is refused with the row's settings
+        return {"align": align}
     return {"align": {key: value for key, value in align.items() if key not in OF_THE_LARGE}}
 
 

@@ -16,16 +16,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from arra.config import Recipe, load_recipe, parse_recipe
 from arra.data.remote import open_store
 from arra.display import Display
 from arra.errors import ArraError
 from arra.runs import Run, writing
+from arra.stages.begun import fixed_settings
 from arra.stages.live import is_finished
 from arra.stages.process import PARENT, SECONDS_FOR_ORPHANS
 from arra.stages.set_options import SetOptions
 
-EVALUATE = "evaluate"
+EVALUATE, VISIBLE = "evaluate", "CUDA_VISIBLE_DEVICES"
 MAX_PROCESSES = 8
 
 
@@ -62,7 +65,8 @@ class Places:
     """Where processes run, and how many at a time."""
 
     processes: int | None = None
-    """At a time, one thread each; None takes as many as there are cores; 0 none, all is done in this process."""
+    """At a time, one thread each; None takes one for each accelerator or, where there is none, for each core; 0 none,
+    all is done in this process. With a number they share the first accelerator."""
     devices: tuple[str, ...] = ()
     """Accelerators by the numbers that CUDA_VISIBLE_DEVICES takes; each run has `ranks` of them for itself."""
     ranks: int = 1
@@ -81,11 +85,35 @@ class Places:
 
     @property
     def slots(self) -> list[dict[str, str]]:
-        """What the environment of each process says, for as many as run at a time."""
-        if self.devices:
-            cuts = range(0, len(self.devices), self.ranks)
-            return [{"CUDA_VISIBLE_DEVICES": ",".join(self.devices[cut : cut + self.ranks])} for cut in cuts]
-        return [{} for _ in range(self.processes or max(1, num_parallel() // self.ranks))]
+        """What the environment of each process says, for as many as run at a time.
+
+        Raises:
+            ArraError: there are fewer accelerators than a run has ranks.
+        """
+        devices = self.devices or (visible_devices() if self.processes is None else ())
+        if not devices:
+            return [{} for _ in range(self.processes or max(1, num_parallel() // self.ranks))]
+        if len(devices) < self.ranks:
+            raise ArraError(
+                f"--ranks {self.ranks}: {len(devices)} accelerator{'s are' if len(devices) > 1 else ' is'} here; take "
+                "fewer ranks, or say how many runs share what is here with --processes"
+            )
+        cuts = range(0, len(devices) - self.ranks + 1, self.ranks)
+        return [{VISIBLE: ",".join(devices[cut : cut + self.ranks])} for cut in cuts]
+
+    def require(self) -> None:
+        """Nothing, if this machine has the devices that are named.
+
+        Raises:
+            ArraError: it has not.
+        """
+        there = visible_devices()
+        if self.devices and not there:
+            raise ArraError(f"--devices {','.join(self.devices)}: torch sees no accelerator here; leave it out")
+        if VISIBLE not in os.environ and (
+            odd := [name for name in self.devices if name.isdigit() and name not in there]
+        ):
+            raise ArraError(f"--devices {odd[0]}: torch sees {', '.join(there)} here; name some of these")
 
     @property
     def is_here(self) -> bool:
@@ -103,6 +131,14 @@ class Failure:
     why: str
 
 
+def visible_devices() -> tuple[str, ...]:
+    """The accelerators that a process may use here, by the names that CUDA_VISIBLE_DEVICES takes."""
+    if not torch.cuda.is_available():
+        return ()
+    named = tuple(name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip())
+    return named or tuple(map(str, range(torch.cuda.device_count())))
+
+
 def num_parallel() -> int:
     """Processes at a time: one per core that this process may use."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -118,7 +154,10 @@ def finished(task: Task) -> bool:
         own = parse_recipe(run.recipe_yaml(), Recipe, source=str(run.recipe_path))
     except (ArraError, UnicodeDecodeError):
         return False
-    return own == task.recipe and is_finished(run, task.recipe)
+    try:
+        return fixed_settings(own) == fixed_settings(task.recipe) and is_finished(run, task.recipe)
+    except ArraError:
+        return False
 
 
 def train_tasks(
@@ -265,7 +304,7 @@ def run_processes(
                 del running[process]
                 free.append(taken.pop(process))
                 try:
-                    check(code, task, task.log, what)  # of a bug the log stays
+                    check(code, task, task.log, what, ranks=places.ranks)  # of a bug the log stays
                 except (ArraError, RuntimeError) as error:
                     if not keep_going:
                         raise
@@ -304,7 +343,10 @@ def watch(task: Task, log: Path, display: Display, what: str) -> None:
         said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(f"{EVALUATE}: ")]
         display.show(task.label, said[-1].removeprefix(f"{EVALUATE}: ") if said else what, 0, 1)
         return
-    rows = [row for row in Run(task.folder).read_metrics() if row["kind"] == "train"]
+    try:
+        rows = [row for row in Run(task.folder).read_metrics() if row["kind"] == "train"]
+    except ArraError:  # what is wrong its own process tells
+        rows = []
     if not rows:
         display.show(task.label, "starting", 0, 1)
         return
@@ -315,8 +357,8 @@ def watch(task: Task, log: Path, display: Display, what: str) -> None:
     display.show(task.label, what, row["step"], task.recipe.train.steps, note)
 
 
-def check(code: int, task: Task, log: Path, what: str) -> None:
-    """Nothing, if a process ended well.
+def check(code: int, task: Task, log: Path, what: str, *, ranks: int = 1) -> None:
+    """Nothing, if a process ended well; of several ranks torchrun's own code says nothing of theirs.
 
     Raises:
         ArraError: it did not; it said why, or was killed.
@@ -330,7 +372,7 @@ def check(code: int, task: Task, log: Path, what: str) -> None:
         log.unlink()
         raise KeyboardInterrupt
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    if code == 2 and told:
+    if told and (code == 2 or ranks > 1):
         log.unlink()
         raise ArraError(told[-1])
     if code in (-signal.SIGKILL, -signal.SIGTERM):

@@ -21,6 +21,7 @@ from arra.models.language_folder import CARD_FILE as LANGUAGE_CARD
 from arra.report.grids import png_bytes, strip
 from arra.runs import Run, atomic_write
 from arra.sample.generate import generate
+from arra.stages.begun import FREE
 from arra.stages.conditions import caption_width, condition_facts, num_classes
 from arra.stages.desk import Desk
 from arra.stages.language import (
@@ -60,34 +61,6 @@ from arra.train.watch import Watcher
 NUM_PREVIEWS = 8
 MODEL_FILES = (LANGUAGE_CARD, "config.json", *WEIGHTS_NAMES, WEIGHTS_FILE)
 """What a folder of a model or a tokenizer has, and a run not before its end."""
-FREE = (
-    "data.expected_records",
-    *(
-        f"train.{name}"
-        for name in (
-            "checkpoint_every_steps",
-            "checkpoint_in_background",
-            "compile",
-            "device",
-            "ema_offload",
-            "keep_best",
-            "keep_checkpoints",
-            "keep_every_steps",
-            "micro_batch_size",
-            "parallel",
-            "recompute",
-            "threads",
-            "trackers",
-            "trouble.hang_seconds",
-            "trouble.most",
-            "trouble.nonfinite",
-            "trouble.skip_batches",
-            "trouble.spike",
-            "trouble.spike_deviations",
-        )
-    ),
-)
-"""What may change from one start of a run to the next: it leaves what is computed as it is, but for rounding."""
 
 
 def train(recipe: Recipe, store: Store, folder: Path, *, previews: bool = True, progress: Progress = silent) -> Run:

@@ -66,7 +66,8 @@ def test_no_gradients_are_there_while_a_run_looks_at_itself(tmp_path: Path) -> N
 
 def test_a_probe_of_few_blocks_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the whole does not fit, two depths are tried, and the plan still holds within 10 %."""
-    recipe, planned = small("model.num_layers=6", "align=null", "train.optimizer=adamw", "train.batch_size=2")
+    deep = "align={center: true, layer: 6, more: {second: {target: rep, layer: 5}}}"
+    recipe, planned = small("model.num_layers=6", deep, "train.optimizer=adamw", "train.batch_size=2")
     whole, most = alone(recipe, planned), alone(recipe, cut_to(planned, 4, settings=recipe.train))
     monkeypatch.setattr("arra.stages.plan_probe.memory_here", lambda device: int((whole + most) / 2 / 0.8))
     monkeypatch.setattr("arra.stages.plan_probe.STEPS", 1)
@@ -76,6 +77,15 @@ def test_a_probe_of_few_blocks_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("arra.stages.plan_probe.memory_here", lambda device: 2**20)
     with pytest.raises(ArraError, match=r"--probe: 0\.\d GiB with 4 blocks do not fit the 0\.0 GiB"):
         probe(recipe, planned, peak_of=lambda model: alone(recipe, model))
+
+
+def test_a_language_model_is_cut_with_all_that_counts_its_blocks() -> None:
+    recipe = load_recipe("arra_mimic", row="arra-adapt")
+    whole = planned_model(recipe)
+    few = cut_to(whole, 4, settings=recipe.train)
+    assert (len(few.model.blocks), few.model.num_layers, len(few.parts.blocks)) == (4, 4, 4)
+    assert (len(whole.model.blocks), whole.model.num_layers, len(whole.parts.blocks)) == (32, 32, 32)
+    assert all(any(block is part for part in few.model.modules()) for block in few.model.blocks)
 
 
 def test_hours_follow_from_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +100,18 @@ def test_hours_follow_from_what_was_measured(monkeypatch: pytest.MonkeyPatch) ->
     assert here.time.seconds == pytest.approx(2.5)
     assert here.hours == pytest.approx(9 * 2.5 / 3600)
     assert there.time.share == COMPUTE_SHARE["cuda", "float32"]
+
+
+def test_a_probe_says_nothing_of_other_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, planned = small()
+    measured_here = Probe(device="cuda:0", blocks=(3,), seconds=2.5, peak=1, predicted=1)
+    monkeypatch.setattr("arra.stages.plan.probe", lambda *_, **__: measured_here)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    machines = [parse_machine(written) for written in ("rtx4090", "2xrtx4090", "h100", "v100", "cpu-8g")]
+    times = [each.time for each in plan(recipe, machines=machines, probing=True, planned=planned).machines]
+    assert times[0] is not None
+    assert times[0].seconds == pytest.approx(2.5)
+    assert [time is not None and time.share == times[0].share for time in times] == [True, True, False, False, False]
 
 
 def test_random_models_are_the_planned_ones() -> None:

@@ -18,6 +18,7 @@ import arra.stages.evaluate_set
 import arra.stages.prepare
 import arra.stages.reproduce
 import arra.stages.reproduce_options
+import arra.stages.reproduce_results
 import arra.stages.squares
 import arra.stages.training_data
 import arra.tokenizers.image
@@ -29,7 +30,7 @@ from arra.evaluate.measured import Measured
 from arra.runs import Run
 from arra.stages.reproduce import list_rows, run_reproduce
 from arra.stages.reproduce_options import ReproduceOptions, card_folder, parse_options
-from arra.stages.reproduce_results import Reproduced
+from arra.stages.reproduce_results import Placed, Reproduced
 from arra.stages.set_options import SetOptions
 from arra.stages.tables import PaperTable, read_table, start_of
 from arra.stages.tasks import Places
@@ -254,9 +255,15 @@ def test_full_scale_trains_the_rows_as_they_stand_and_measures_each_by_its_proto
     measured.clear()
     assert begin(str(tmp_path / "mine.yaml"), out=tmp_path / "out", **asked).page.tables == done.page.tables
     assert measured == []
-    asked["measuring"] = SetOptions(without=("ms_ssim", "rad-dino"), reference="others")  # every number is another one
-    begin(str(tmp_path / "mine.yaml"), out=tmp_path / "out", **asked)
-    assert len(measured) == 3
+    asked["references"] = {"deepeyenet": str(tmp_path)}  # every number of it is another one
+    compared = begin(str(tmp_path / "mine.yaml"), out=tmp_path / "out", **asked)
+    assert [protocol for _, protocol, _ in measured] == ["deepeyenet", "deepeyenet"]
+    assert f"--reference deepeyenet={tmp_path}" in compared.page.command
+    measured.clear()
+    (card,) = (tmp_path / "out" / "runs" / runs["general"] / "seed-0").glob(f"protocols/mimic-cxr*/{CARD_FILE}")
+    card.write_text("half of ")
+    assert begin(str(tmp_path / "mine.yaml"), out=tmp_path / "out", **asked).page.tables == compared.page.tables
+    assert [protocol for _, protocol, _ in measured] == ["mimic-cxr"]  # a damaged card is made again
 
 
 def test_cards_lie_apart_by_all_that_says_how_they_are_measured():
@@ -394,7 +401,12 @@ def test_a_number_that_is_none_is_a_failure_of_its_run(
         ({"processes": 0, "ranks": 2}, "--ranks 2: expected 1 or more, each in a process of its own"),
         ({"overrides": ["train.step=3"]}, "train.step"),
         ({"tables": ["appendix2", "recipes/appendix2.yaml"]}, "recipes/appendix2.yaml: named twice"),
-        ({"reference": "real"}, "--weights, --without, --reference: of the protocols of --scale full"),
+        ({"references": ["general=real"]}, "--weights, --without, --reference: of the protocols of --scale full"),
+        ({"scale": "full", "references": ["real"]}, "--reference real: expected PROTOCOL=PATH, as in"),
+        ({"scale": "full", "references": ["a=b", "a=c"]}, "--reference a=c: expected PROTOCOL=PATH once"),
+        ({"scale": "full", "references": ["general=b"]}, "--reference general=b: these rows are measured by mimic-cxr"),
+        ({"scale": "full", "references": ["mimic-cxr=b"]}, "--reference mimic-cxr=b: no such file or folder"),
+        ({"devices": "0"}, "--devices 0: torch sees no accelerator here"),
         ({"scale": "full", "without": ["nonsense"]}, "--without nonsense: nothing of mimic-cxr"),
         ({"scale": "full", "weights": ["clip-l14=x"]}, "--weights clip-l14: nothing of mimic-cxr"),
         ({"scale": "full", "tables": ["table4_imagenet"]}, "imagenet-256: compares with VIRTUAL_imagenet256_labeled"),
@@ -407,6 +419,53 @@ def test_what_a_user_can_mend(changes: dict[str, Any], told: str, tmp_path: Path
         run_reproduce(parse_options(**{**usual, **changes}), tmp_path / "out", console=Console(file=io.StringIO()))
     assert told in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_changes_the_speed_alone_changes_no_run(begin: Callable[..., Reproduced], tmp_path: Path):
+    first = begin("appendix4", out=tmp_path)
+    before = times(tmp_path)
+    again = begin("appendix4", out=tmp_path, overrides=(*TINY, "train.micro_batch_size=2", "train.keep_checkpoints=2"))
+    assert again.runs == first.runs
+    assert times(tmp_path) == before
+    assert again.page.tables == first.page.tables
+
+
+def test_only_settings_of_the_training_make_numbers_incomparable():
+    free = ["data.path=x", "train.parallel.reshard=false", "train.micro_batch_size=1", "model.llm.folder=y"]
+    assert arra.stages.reproduce_results._changed_settings(free) == ""
+    told = arra.stages.reproduce_results._changed_settings([*free, "train.steps=3", "align.weight = 2"])
+    assert told == "train.steps, align.weight"
+
+
+def test_spread_over_seeds_is_of_rows_that_are_trained_alike(
+    begin: Callable[..., Reproduced], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    placed: dict[tuple[str, str], Placed] = {}
+    real = arra.stages.reproduce_results._spreads
+
+    def noted(found: Mapping[tuple[str, str], Placed]) -> Any:
+        placed.update(found)
+        return real(found)
+
+    monkeypatch.setattr(arra.stages.reproduce_results, "_spreads", noted)
+    begin("appendix6", "table1", out=tmp_path)
+    alike = {place: one.variant.alike for place, one in placed.items()}
+    of_table1 = {row: value for (table, row), value in alike.items() if table == "table1"}
+    assert len(set(of_table1.values())) == 2  # from random weights, and adapted
+    assert of_table1["arra-rep"] == of_table1["arra-none"] != of_table1["adapt-none"]
+    sizes = {row: value for (table, row), value in alike.items() if table == "appendix6"}
+    recipes = {row: placed["appendix6", row].variant.recipe for row in sizes}
+    for one in sizes:
+        for other in sizes:
+            same = all(
+                getattr(section(recipes[one]), name) == getattr(section(recipes[other]), name)
+                for section, name in (
+                    (lambda recipe: recipe.model, "hidden_size"),
+                    (lambda recipe: recipe.data, "max_train_records"),
+                    (lambda recipe: recipe.train, "steps"),
+                )
+            )
+            assert (sizes[one] == sizes[other]) == same, (one, other)
 
 
 def test_overrides_of_the_alignment_pass_by_rows_without_it():
