@@ -252,6 +252,14 @@ def test_numbers_of_something_else_are_not_comparable(row: Reached, why: str):
     assert why in number_of(row).why
 
 
+def test_a_protocol_of_no_paper_measures_all_that_it_names():
+    """So a table of somebody's own is judged, in the space that the protocol names."""
+    own, pixels = by_seed(4.15, key=("fd", "dinov2-l14"), protocol="general"), by_seed(4.15, protocol="general")
+    assert number_of(Reached(facts=facts(4.15), evaluations=own)).verdict == "reproduced"
+    assert number_of(Reached(facts=facts(9.0), evaluations=own)).verdict == "not reproduced"
+    assert "where the paper has fd in dinov2-l14" in number_of(Reached(facts=facts(4.15), evaluations=pixels)).why
+
+
 def test_means_over_pictures_compare_at_any_number_of_them():
     few = by_seed(0.41, key=("ms_ssim", PIXELS), count=900)
     assert number_of(Reached(facts=TableRow(expect={"ms_ssim": 0.41}), evaluations=few), "ms_ssim").verdict == (

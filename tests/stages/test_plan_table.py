@@ -1,10 +1,14 @@
 """`arra plan` of a paper's table: every row, and what all of them take."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from arra.data.store import Store
+from arra.errors import ArraError
 from arra.stages.plan_machines import parse_machine
 from arra.stages.plan_table import plan_table
 
@@ -47,12 +51,24 @@ def test_on_the_screen(table: str, run_arra: Callable[..., Any]) -> None:
     assert run_arra("plan", table, "--gpu", "1x1").code == 1
 
 
+def test_one_store_is_of_no_rows_with_other_pictures(table: str, tmp_path: Path) -> None:
+    @dataclass
+    class Held:
+        path: Path = tmp_path / "store"
+
+    other = tmp_path / "other.yaml"
+    other.write_text(WRITTEN.replace("aligned: {", "aligned: {data: {path: elsewhere}, "))
+    with pytest.raises(ArraError, match=r"^--store .*store: rows of .*other.yaml have different pictures; name one"):
+        plan_table(str(other), machine=parse_machine("2xl4"), store=cast(Store, Held()))
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--probe"], "--probe: is of one training; name a row of the table with --row"),
         (["--scale", "huge"], "--scale huge: expected full or embedded"),
         (["--row", "none", "--scale", "full"], "--scale: is of the rows of a table"),
+        (["--row", "none", "--seeds", "2"], "--seeds: is of the rows of a table; leave it out"),
         (["--row", "theirs"], "{table}: row 'theirs' is another system's"),
     ],
 )

@@ -300,6 +300,25 @@ def test_another_rows_run_is_no_weights_for_a_training_alone():
         given_weights(recipe)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("general: {align: null, ", "general: {align: rep, ", "align: expected"),
+        ("general: {align: null, ", "general: {align: true, ", "align: expected"),
+        ("base: embedded\nname: mine\n", "base: embedded\n", None),
+        ("base: embedded\nname: mine\n", "", None),
+    ],
+)
+def test_a_row_that_is_no_recipe_is_refused_in_a_line(old: str, new: str, told: str | None, tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text(MINE.replace(old, new))
+    if told is None:  # what stands in has all that the file has not
+        assert read_table(str(tmp_path / "mine.yaml"), scale="embedded").rows[0].recipe is not None
+        return
+    with pytest.raises(ArraError, match=told) as refused:
+        read_table(str(tmp_path / "mine.yaml"), scale="embedded")
+    assert "\n" not in str(refused.value)
+
+
 def test_names_of_rows_lead_to_no_other_folder(tmp_path: Path):
     told = MINE.replace("  general:", '  "../../x y":').replace("row:general", "row:../../x y")
     (tmp_path / "mine.yaml").write_text(told)

@@ -1,18 +1,20 @@
 """Runs as processes: interrupted ones save first, failed ones are told, and the others go on where they may."""
 
 import io
+import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.main import get_command
 
 import arra.stages.tasks
 from arra.cli import app
-from arra.config import find_recipe
+from arra.config import dump_recipe, find_recipe
 from arra.display import Display
 from arra.errors import ArraError
 from arra.stages.set_options import SetOptions, parse_set_options
@@ -79,6 +81,43 @@ def test_how_a_process_ended_is_told(tmp_path: Path):
     log.write_text("")
     with pytest.raises(ArraError, match=r"^runs/demo/aligned: training was killed from outside \(SIGKILL\)"):
         check(-signal.SIGKILL, one, log, "training")
+
+
+def test_of_several_ranks_torchruns_code_says_nothing(tmp_path: Path):
+    """It ends with 1 whatever its ranks said, and with a frame of its own below."""
+    one, log = task("aligned", Path("runs/demo/aligned")), tmp_path / "log"
+    log.write_text("error: runs/x: full; free space\nerror: runs/x: full; free space\n======\n rank 0 failed\n======\n")
+    with pytest.raises(ArraError, match=r"^runs/x: full; free space$"):
+        check(1, one, log, "training", ranks=2)
+    log.write_text("Traceback\nKeyError: 'x'\n======\n")
+    with pytest.raises(RuntimeError, match="KeyError"):
+        check(1, one, log, "training", ranks=2)
+
+
+def test_each_accelerator_takes_one_run(monkeypatch: pytest.MonkeyPatch):
+    def at(places: Places) -> list[str | None]:
+        return [slot.get("CUDA_VISIBLE_DEVICES") for slot in places.slots]
+
+    monkeypatch.setattr(arra.stages.tasks, "num_parallel", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert at(Places()) == [None] * 3
+    with pytest.raises(ArraError, match=r"^--devices 0: torch sees no accelerator here; leave it out$"):
+        Places(devices=("0",)).require()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    assert at(Places()) == ["0", "1", "2", "3", "4"]
+    assert at(Places(ranks=2)) == ["0,1", "2,3"]
+    assert at(Places(processes=2)) == [None] * 2
+    assert at(Places(devices=("4", "1"))) == ["4", "1"]
+    with pytest.raises(ArraError, match=r"^--ranks 8: 5 accelerators are here; take fewer ranks"):
+        _ = Places(ranks=8).slots
+    Places(devices=("4", "MIG-x")).require()
+    with pytest.raises(ArraError, match=r"^--devices 7: torch sees 0, 1, 2, 3, 4 here"):
+        Places(devices=("4", "7")).require()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6, 7")
+    assert at(Places()) == ["6", "7"]
+    Places(devices=("7",)).require()
 
 
 ENDS = """
@@ -159,3 +198,15 @@ def test_a_damaged_run_is_not_finished_and_its_training_tells_why(tmp_path: Path
     for damage in (b"name: [", b"\xff\xfe", b"", b"name: x\n"):
         (one.folder / "recipe.yaml").write_bytes(damage)
         assert not finished(one)
+    (one.folder / "recipe.yaml").write_text(dump_recipe(one.recipe))
+    for name in ("model.safetensors", "model.json"):
+        (one.folder / name).touch()
+    last = {"step": one.recipe.train.steps, "kind": "train"}
+    (one.folder / "metrics.jsonl").write_text(json.dumps(last) + "\n")
+    assert finished(one)
+    faster = Task("arra", 0, one.folder, ("train.micro_batch_size=1",), "one", one.source)
+    assert finished(faster)  # what it computes is the same
+    assert not finished(Task("arra", 0, one.folder, ("train.seed=1",), "one", one.source))
+    (one.folder / "metrics.jsonl").write_text("half of \n" + json.dumps(last) + "\n")
+    assert not finished(one)
+    arra.stages.tasks.watch(one, tmp_path / "log", Display(Console(file=io.StringIO())), "training")
