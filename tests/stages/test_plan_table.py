@@ -51,8 +51,7 @@ def test_on_the_screen(table: str, run_arra: Callable[..., Any]) -> None:
 
 
 def test_one_store_is_of_no_rows_with_other_pictures(table: str, tmp_path: Path) -> None:
-    store = object.__new__(Store)  # of which the path alone is read
-    object.__setattr__(store, "path", tmp_path / "store")
+    store = Store(tmp_path / "store")
     other = tmp_path / "other.yaml"
     other.write_text(WRITTEN.replace("aligned: {", "aligned: {data: {path: elsewhere}, "))
     with pytest.raises(ArraError, match=r"^--store .*store: rows of .*other.yaml have different pictures; name one"):
