@@ -867,7 +867,7 @@ def lab(
         int | None, typer.Option("--steps", help="Steps of the baseline, whose compute every row gets.")
     ] = None,
     processes: Annotated[
-        int | None, typer.Option("--processes", help="Runs at a time, one thread each; default: the cores.")
+        int | None, typer.Option("--processes", help="Runs at a time, one thread each; default: cards, else cores.")
     ] = None,
     charge_teacher: Annotated[
         bool, typer.Option("--charge-teacher", help="A row also pays for its teachers' pass over the pictures.")

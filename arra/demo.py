@@ -34,7 +34,7 @@ from arra.stages.evaluate import held_out_splits, prepare_caption_judge
 from arra.stages.painters import load_run
 from arra.stages.prepare import prepare
 from arra.stages.report import compare_rows, report
-from arra.stages.tasks import Task, evaluate_tasks, finished, num_parallel, train_tasks
+from arra.stages.tasks import Places, Task, evaluate_tasks, finished, train_tasks
 from arra.stages.training_data import epoch_length
 
 DEMO_RECIPE = recipes_folder() / "demo.yaml"
@@ -253,11 +253,11 @@ def budget(
         shutil.rmtree(out / "probe", ignore_errors=True)
         short = (*derived, *options.overrides, f"train.steps={PROBE_STEPS}", "train.preview_every_steps=null")
         tasks = list(plan_tasks(options, out / "probe", short, records=records))
-        probed = tasks[: num_parallel()]
+        probed = tasks[: len(Places().slots)]
         train_tasks(probed, out / "store", display)
         seconds = max(last_train_row(task)["seconds"] for task in probed) / PROBE_STEPS
         shutil.rmtree(out / "probe", ignore_errors=True)
-        rounds = -(-len(tasks) // num_parallel())
+        rounds = -(-len(tasks) // len(Places().slots))
         steps = int((options.minutes * 60 - SECONDS_BESIDE_TRAINING) / (seconds * rounds))
         if steps < 2 * tasks[0].recipe.train.warmup_steps:
             raise ArraError(

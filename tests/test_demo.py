@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 import arra.demo
+import arra.stages.tasks
 from arra.data.store import Store
 from arra.demo import (
     ALIGNED,
@@ -261,7 +262,7 @@ def test_minutes_become_steps_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             Run(task.folder).append_metrics({"kind": "train", "step": 20, "seconds": 2.0})
 
     monkeypatch.setattr(arra.demo, "train_tasks", pretend)
-    monkeypatch.setattr(arra.demo, "num_parallel", lambda: 2)
+    monkeypatch.setattr(arra.stages.tasks, "num_parallel", lambda: 2)
     display = Display(Console(file=io.StringIO()))
 
     def steps(options: DemoOptions) -> list[str]:

@@ -64,7 +64,7 @@ class LabOptions:
     steps: int | None = None
     """The baseline's; None takes the recipe's `train.steps`."""
     processes: int | None = None
-    """At a time; None takes as many as there are cores."""
+    """At a time; None takes one for each accelerator, else for each core."""
     charge_teacher: bool = False
     """Whether a row's budget also pays for its teachers' pass over the training pictures."""
     overrides: tuple[str, ...] = ()
