@@ -3,8 +3,7 @@
 # tables. A job saves before its time is up and goes back into the queue. Without --array one job makes everything, and
 # what an array has left.
 #   sbatch --array=0-3 examples/slurm_reproduce.sh table5 --scale full --seeds 1 --ranks 8 --out /shared/paper
-#   sbatch --array=0-7 examples/slurm_reproduce.sh table4_imagenet appendix6 --scale full --ranks 4 --out /shared/paper \
-#       --reference imagenet-256=/shared/VIRTUAL_imagenet256_labeled.npz
+#   sbatch --array=0-7 examples/slurm_reproduce.sh appendix6 --scale full --ranks 4 --out /shared/paper --reference imagenet-256=/shared/VIRTUAL.npz
 #SBATCH --job-name=arra-tables
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8

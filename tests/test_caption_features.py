@@ -85,7 +85,9 @@ def test_a_row_holds_the_vectors_of_its_caption(whole: tuple[Path, dict[str, str
         for place, row in enumerate(rows):
             length = int(expected.mask[place].sum())
             assert row.shape == (length, 512)
-            np.testing.assert_allclose(row, expected.features[place, :length], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(
+                row, expected.features[place, :length], rtol=0, atol=5e-5
+            )  # other batches, other sums
     made_by = store.manifest()["columns"][NAME]["made_by"]
     assert made_by == {
         "encoder": "flan-t5-small",

@@ -44,6 +44,8 @@ class Remedy:
     needed: int
     """Bytes, for training and for painting in between."""
     fits: bool
+    steps_fit: bool
+    """Whether it would without painting in between."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def plan_machine(
             memory = _memory_with(planned, recipe.train, found.sharing, machine)(found.largest)
             needed = needed_bytes(memory, found.painting, machine)
             what = f"train.micro_batch_size={found.largest}"
-            remedies.insert(0, Remedy(what, needed, needed <= machine.bytes_each))
+            remedies.insert(0, Remedy(what, needed, needed <= machine.bytes_each, steps_fit=True))
         return replace(found, remedies=tuple(remedies))
     if found.fits and waits_for_traffic(found.time, found.sharing):
         faster = _faster(recipe, planned, found, share=share)
@@ -293,8 +295,9 @@ def _remedies(recipe: Recipe, planned: PlannedModel, *, machine: Machine, sharin
         model = with_known_passes(planned_model(changed, planned.name), changed, known=known) if other else planned
         how, rows = sharing_on(devices, changed.train, planned=model), rows_of(changed.train, ranks=count)
         painting = plan_painting(changed, model, machine=devices, sharing=how)
-        needed = needed_bytes(_memory_with(model, changed.train, how, devices)(rows), painting, devices)
-        return Remedy(what, needed, needed <= machine.bytes_each)
+        memory = _memory_with(model, changed.train, how, devices)(rows)
+        needed, most = needed_bytes(memory, painting, devices), machine.bytes_each
+        return Remedy(what, needed, needed <= most, steps_fit=memory.total <= most)
 
     llm = recipe.model.llm
     found = savings(

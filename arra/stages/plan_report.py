@@ -223,7 +223,10 @@ def _advice(found: Plan) -> Iterator[str]:
             continue
         yield f"{where}: {gib(each.memory.total)} GiB do not fit. Each of these alone:"
         for remedy in sorted(each.remedies, key=lambda remedy: not remedy.fits):
-            yield f"  {remedy.what}: {gib(remedy.needed)} GiB, {'fits' if remedy.fits else 'does not fit either'}"
+            said = f"{gib(remedy.needed)} GiB, {'fits' if remedy.fits else 'does not fit either'}"
+            if remedy.steps_fit and not remedy.fits:
+                said = f"the steps fit; {gib(remedy.needed)} GiB {_meanwhile(found, each)}"
+            yield f"  {remedy.what}: {said}"
 
 
 def _faster_lines(each: MachinePlan) -> Iterator[str]:

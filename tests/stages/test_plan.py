@@ -127,8 +127,9 @@ def test_one_card_of_24_gib_takes_four_bit_weights_alone() -> None:
     by_name = {remedy.what: remedy for remedy in full.remedies}
     four_bit = by_name["model.llm.train=lora, model.llm.frozen_dtype=bfloat16, model.llm.four_bit=true"]
     assert four_bit.fits
-    assert four_bit.needed == pytest.approx(lean.memory.total, rel=0.01)
-    assert by_name["train.parallel.kind=fsdp, train.parallel.offload=true"].fits
+    assert four_bit.needed == pytest.approx(lean.needed, rel=0.01)
+    offloaded = by_name["train.parallel.kind=fsdp, train.parallel.offload=true"]
+    assert (offloaded.fits, offloaded.steps_fit) == (False, True)  # previews gather the weights in one piece
     assert not by_name["train.optimizer=adamw8bit"].fits
 
 
