@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from arra.stages.reproduce import Variant
 
 PLACES = ("data.path", "model.weights", "model.llm.folder", "tokenizer.weights", "evaluate.batch_size")
-"""Keys that say where the paper's data and weights lie here, beside those that a begun training may change."""
+"""Keys that say where the paper's data and weights lie here, or how many pictures are painted together; beside them stand
+those that a begun training may change."""
 RESULTS_FILE, PAGE_FILE = "results.json", "tables.html"
 MARKDOWN_FILE, LATEX_FILE, CSV_FILE = "tables.md", "tables.tex", "tables.csv"
 
