@@ -41,8 +41,10 @@ if TYPE_CHECKING:
     from arra.stages.reproduce import Variant
 
 PLACES = ("data.path", "model.weights", "model.llm.folder", "tokenizer.weights", "evaluate.batch_size")
-"""Keys that say where the paper's data and weights lie here, or how many pictures are painted together; beside them stand
-those that a begun training may change."""
+"""Keys that say where the paper's data and weights lie here, or how many pictures are painted together.
+
+Those that a begun training may change stand beside them.
+"""
 RESULTS_FILE, PAGE_FILE = "results.json", "tables.html"
 MARKDOWN_FILE, LATEX_FILE, CSV_FILE = "tables.md", "tables.tex", "tables.csv"
 
