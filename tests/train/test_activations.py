@@ -33,15 +33,17 @@ def kept_bytes(model: Painter, inputs: Mapping[str, Tensor], *, autocast: bool =
 
 
 WIDE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256}
+PRECISIONS = ("float32", "autocast", "narrow")
 
 
 @pytest.mark.parametrize(
     ("kind", "which", "precision"),
     [
-        ("decoder", "class", "autocast"),
+        *(("decoder", "class", precision) for precision in PRECISIONS),
         ("decoder", "text", "float32"),
         ("decoder", "caption", "narrow"),
-        ("painter", "llama", "float32"),
+        *(("painter", "llama", precision) for precision in PRECISIONS),
+        ("painter", "smollm", "float32"),
         ("painter", "gpt2", "autocast"),
         ("painter", "gemma2", "narrow"),
     ],
@@ -106,7 +108,7 @@ def test_a_narrow_block_keeps_what_the_plain_formulas_do() -> None:
     assert four - three == pytest.approx(4 * 16 * by_hand, rel=0.15)
 
 
-@pytest.mark.parametrize(("recompute", "sharded"), [("selective", True), ("full", False)])
+@pytest.mark.parametrize(("recompute", "sharded"), [("none", False), ("selective", True), ("full", False)])
 def test_deeper_models_take_as_much_for_every_block(recompute: str, sharded: bool, monkeypatch: Any) -> None:
     """Gemma's blocks are of two kinds, in turn."""
     s = settings(precision="bfloat16", recompute=recompute)
